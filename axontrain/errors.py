@@ -1,0 +1,137 @@
+"""What can go wrong, and how it is said.
+
+Every error of axontrain derives from :class:`AxonError`, and from the built-in error a caller would expect, so that
+both ``except ax.AxonError`` and ``except ValueError`` work::
+
+    AxonError
+    ├── ConfigurationError (ValueError)      an argument that cannot work, or two that cannot work together
+    │   ├── UnknownNameError                 a name that does not exist; the nearest ones are offered
+    │   └── OptimizerError                   parameters that no optimizer covers, or that two do
+    ├── DataError (ValueError)               data that cannot be trained on
+    │   ├── EmptyDataError                   no batch at all
+    │   └── BatchMismatchError               a batch unlike the first
+    ├── ObjectiveError (TypeError)           what an objective returned
+    │   ├── SplitError                       ``split`` and the batch do not fit
+    │   └── LossError                        a loss that is no scalar, has no graph, or sits elsewhere
+    ├── MetricError (ValueError)             a metric that cannot be made, updated or read
+    ├── NonFiniteError (ArithmeticError)     too many updates in a row were not finite
+    ├── CheckpointError (RuntimeError)       a checkpoint that is damaged, or is of another objective
+    └── MissingExtraError (ImportError)      an optional dependency that is not installed; names the extra
+
+    AxonWarning (UserWarning)
+    └── NonFiniteWarning                     updates were skipped
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class AxonError(Exception):
+    """The root of every error that axontrain raises by itself."""
+
+
+class ConfigurationError(AxonError, ValueError):
+    """An argument that cannot work, or arguments that cannot work together."""
+
+
+class UnknownNameError(ConfigurationError):
+    """A name that does not exist: of a metric, a hook, an optimizer, an option or a unit."""
+
+
+class OptimizerError(ConfigurationError):
+    """A parameter that no optimizer covers, or that two cover."""
+
+
+class DataError(AxonError, ValueError):
+    """Data that cannot be trained on."""
+
+
+class EmptyDataError(DataError):
+    """A pass over the data gave no batch."""
+
+
+class BatchMismatchError(DataError):
+    """A batch whose structure or trailing shape differs from the first batch's."""
+
+
+class ObjectiveError(AxonError, TypeError):
+    """An objective returned something that cannot be trained on."""
+
+
+class SplitError(ObjectiveError):
+    """``split`` did not give inputs and targets."""
+
+
+class LossError(ObjectiveError):
+    """A loss that is not a scalar, has no graph, or sits on another device."""
+
+
+class MetricError(AxonError, ValueError):
+    """A metric that cannot be made, updated or read."""
+
+
+class NonFiniteError(AxonError, ArithmeticError):
+    """Loss or gradients were not finite, and the optimizer was told not to go on."""
+
+
+class CheckpointError(AxonError, RuntimeError):
+    """A checkpoint that is damaged, incomplete, or belongs to something else."""
+
+
+class MissingExtraError(AxonError, ImportError):
+    """An optional dependency is not installed."""
+
+
+class AxonWarning(UserWarning):
+    """The root of every warning that axontrain gives."""
+
+
+class NonFiniteWarning(AxonWarning):
+    """Updates were skipped because the loss or the gradients were not finite."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:
+    """Make the error for a name that does not exist, with the nearest names that do.
+
+    >>> print(unknown("metric", "acuracy", ["accuracy", "auroc"]))
+    unknown metric 'acuracy': did you mean 'accuracy'? Known: accuracy, auroc.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    offer = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UnknownNameError(f"unknown {kind} {name!r}: {offer}Known: {', '.join(names)}.{' ' + hint if hint else ''}")
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    >>> require("json", "plot", "drawing").__name__
+    'json'
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtraError(
+            f"{purpose} needs {package}, which is not installed: pip install 'axontrain[{extra}]'"
+        ) from error
+
+
+def kind_of(value: object) -> str:
+    """Name a value's type the way an error message should: short, and with shape and dtype for a tensor.
+
+    >>> kind_of([1, "a"])
+    'list of 2: (int, str)'
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        return f"{type(value).__name__}{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}: ({', '.join(kind_of(v) for v in list(value)[:4])})"
+    if isinstance(value, dict):
+        return "dict of {" + ", ".join(f"{k!r}: {kind_of(v)}" for k, v in list(value.items())[:6]) + "}"
+    return type(value).__name__
