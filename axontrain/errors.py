@@ -6,6 +6,7 @@ both ``except ax.AxonError`` and ``except ValueError`` work::
     AxonError
     ├── ConfigurationError (ValueError)      an argument that cannot work, or two that cannot work together
     │   ├── UnknownNameError                 a name that does not exist; the nearest ones are offered
+    │   │   └── UnknownOptionError (TypeError)   an argument that does not exist
     │   └── OptimizerError                   parameters that no optimizer covers, or that two do
     ├── DataError (ValueError)               data that cannot be trained on
     │   ├── EmptyDataError                   no batch at all
@@ -26,7 +27,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
 
@@ -40,6 +42,10 @@ class ConfigurationError(AxonError, ValueError):
 
 class UnknownNameError(ConfigurationError):
     """A name that does not exist: of a metric, a hook, an optimizer, an option or a unit."""
+
+
+class UnknownOptionError(UnknownNameError, TypeError):
+    """An argument that does not exist."""
 
 
 class OptimizerError(ConfigurationError):
@@ -98,12 +104,27 @@ def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> Un
     """Make the error for a name that does not exist, with the nearest names that do.
 
     >>> print(unknown("metric", "acuracy", ["accuracy", "auroc"]))
-    unknown metric 'acuracy': did you mean 'accuracy'? Known: accuracy, auroc.
+    unknown metric 'acuracy': did you mean 'accuracy' or 'auroc'? Known: accuracy, auroc.
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     offer = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UnknownNameError(f"unknown {kind} {name!r}: {offer}Known: {', '.join(names)}.{' ' + hint if hint else ''}")
+
+
+def reject(unknown_options: Mapping[str, object], function: Callable[..., object]) -> None:
+    """Raise for arguments that ``function`` does not have, with the nearest ones that it has.
+
+    Python's own TypeError names the argument, but offers nothing.
+
+    Raises:
+        UnknownOptionError: if there are any.
+
+    """
+    for name in unknown_options:
+        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        message = str(unknown(f"option of {function.__qualname__}:", name, (k for k in known if k != "self")))
+        raise UnknownOptionError(message)
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -1,0 +1,81 @@
+"""axontrain: train any PyTorch objective with one short loop.
+
+Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loop` with an :class:`Optimizer`, and ``fit``.
+"""
+
+from axontrain import data, metrics, schedules
+from axontrain.callback import Callback
+from axontrain.callbacks import EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
+from axontrain.clock import Duration, Every
+from axontrain.data import ArrayDataset, Dataset, Loader, order
+from axontrain.errors import (
+    AxonError,
+    AxonWarning,
+    BatchMismatchError,
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    EmptyDataError,
+    LossError,
+    MetricError,
+    MissingExtraError,
+    NonFiniteError,
+    NonFiniteWarning,
+    ObjectiveError,
+    OptimizerError,
+    SplitError,
+    UnknownNameError,
+    UnknownOptionError,
+)
+from axontrain.loop import Loop
+from axontrain.objective import Objective, Step, Supervised
+from axontrain.optimizer import Optimizer
+from axontrain.preflight import Report
+from axontrain.state import History, LoopState, Result, Stop, StopEpoch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArrayDataset",
+    "AxonError",
+    "AxonWarning",
+    "BatchMismatchError",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "Dataset",
+    "Duration",
+    "EarlyStopping",
+    "EmptyDataError",
+    "Every",
+    "History",
+    "LearningRate",
+    "Loader",
+    "Loop",
+    "LoopState",
+    "LossError",
+    "MetricError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "Objective",
+    "ObjectiveError",
+    "Optimizer",
+    "OptimizerError",
+    "ProgressBar",
+    "ReduceLROnPlateau",
+    "Report",
+    "Result",
+    "SplitError",
+    "Step",
+    "Stop",
+    "StopEpoch",
+    "Supervised",
+    "UnknownNameError",
+    "UnknownOptionError",
+    "data",
+    "metrics",
+    "order",
+    "schedules",
+]

@@ -1,0 +1,203 @@
+"""Callback: the hook contract, and how hooks are found before a loop starts.
+
+A hook that no callback overrides costs nothing: the loop holds None in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from axontrain.clock import Cadence, Every
+from axontrain.errors import ConfigurationError, kind_of, unknown
+from axontrain.state import LoopState, Stop, StopEpoch
+
+Answer = Stop | StopEpoch | None
+Hook = Callable[[LoopState], Answer]
+
+HOOKS = (
+    "before_fit",
+    "after_fit",
+    "before_epoch",
+    "after_epoch",
+    "before_batch",
+    "after_batch",
+    "after_backward",
+    "before_evaluate",
+    "after_evaluate",
+    "on_error",
+)
+# These belong to the run as a whole: a cadence says nothing about them.
+ALWAYS = ("before_fit", "after_fit", "on_error")
+
+
+class Callback:
+    """What happens beside training: override the hooks that are wanted.
+
+    Each takes the :class:`~axontrain.LoopState` and answers None, :class:`~axontrain.Stop` or
+    :class:`~axontrain.StopEpoch`. A callback with ``state_dict`` and ``load_state_dict`` is saved and restored.
+
+    Args:
+        every: when it acts (see :class:`axontrain.Every`); unless given, on each occasion. The hooks around a fit and
+            ``on_error`` are called in any case.
+        first, after, before: see :class:`axontrain.Every`.
+
+    >>> class Patience(Callback):
+    ...     def after_epoch(self, state):
+    ...         if state.values["train/loss"] > 10:
+    ...             return Stop("the loss runs away")
+    >>> class Typo(Callback):
+    ...     def after_epochs(self, state): ...
+    Traceback (most recent call last):
+        ...
+    axontrain.errors.UnknownNameError: unknown hook of Typo 'after_epochs': did you mean 'after_epoch' ...
+
+    """
+
+    every: Every | None = None
+
+    def __init__(
+        self,
+        *,
+        every: Any = None,
+        first: int | None = None,
+        after: int | str | None = None,
+        before: int | str | None = None,
+    ) -> None:
+        if any(given is not None for given in (every, first, after, before)):
+            self.every = Every.parse(every, first=first, after=after, before=before)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, value in vars(cls).items():
+            if name.startswith(("before_", "after_", "on_")) and callable(value) and name not in HOOKS:
+                raise unknown(f"hook of {cls.__name__}", name, HOOKS, "A method of your own has another beginning.")
+
+    def before_fit(self, state: LoopState) -> Answer:
+        """Before anything else of a fit."""
+
+    def after_fit(self, state: LoopState) -> Answer:
+        """After everything else of a fit, however it ended; its answer has nothing left to stop."""
+
+    def before_epoch(self, state: LoopState) -> Answer:
+        """Before the first batch of an epoch, or where a fit goes on within one."""
+
+    def after_epoch(self, state: LoopState) -> Answer:
+        """After the epoch was counted, validation, and the readings."""
+
+    def before_batch(self, state: LoopState) -> Answer:
+        """Before a batch is trained on; a stop leaves it out."""
+
+    def after_batch(self, state: LoopState) -> Answer:
+        """After the update, with ``state.last``."""
+
+    def after_backward(self, state: LoopState) -> Answer:
+        """Between backward and update: gradients as backward left them, unscaled and unclipped."""
+
+    def before_evaluate(self, state: LoopState) -> Answer:
+        """Before each validation."""
+
+    def after_evaluate(self, state: LoopState) -> Answer:
+        """After each validation, its readings in ``state.values``."""
+
+    def on_error(self, state: LoopState) -> Answer:
+        """When an error ends the fit: ``state.error``. It is raised on afterwards."""
+
+
+class FunctionCallback(Callback):
+    """A function on a hook; what ``Loop.on`` makes."""
+
+    def __init__(self, hook: str, function: Hook, **cadence: Any) -> None:
+        if hook not in HOOKS:
+            raise unknown("hook", hook, HOOKS)
+        if not callable(function):
+            raise ConfigurationError(f"on({hook!r}): {kind_of(function)} is no function of the state")
+        super().__init__(**cadence)
+        self.hook, self.function = hook, function
+        setattr(self, hook, function)
+
+    def __repr__(self) -> str:
+        return f"on({self.hook!r}, {getattr(self.function, '__name__', self.function)})"
+
+
+class Hooks:
+    """The hooks of one fit: for each name a function of the state, or None where nobody wants it."""
+
+    __slots__ = HOOKS
+
+    before_fit: Callable[[LoopState], None] | None
+    after_fit: Callable[[LoopState], None] | None
+    before_epoch: Callable[[LoopState], None] | None
+    after_epoch: Callable[[LoopState], None] | None
+    before_batch: Callable[[LoopState], None] | None
+    after_batch: Callable[[LoopState], None] | None
+    after_backward: Callable[[LoopState], None] | None
+    before_evaluate: Callable[[LoopState], None] | None
+    after_evaluate: Callable[[LoopState], None] | None
+    on_error: Callable[[LoopState], None] | None
+
+    def __init__(self, callbacks: Iterable[Callback], state: LoopState) -> None:
+        named = keys(callbacks)
+        for hook in HOOKS:
+            wanted = []
+            for key, callback in named.items():
+                if not overrides(callback, hook):
+                    continue
+                cadence = None
+                if callback.every is not None and hook not in ALWAYS:
+                    cadence = state.cadence(f"{key}.{hook}", callback.every)
+                    cadence.start(state)
+                wanted.append((getattr(callback, hook), cadence, callback))
+            setattr(self, hook, _caller(hook, wanted) if wanted else None)
+
+
+def keys(callbacks: Iterable[Callback]) -> dict[str, Callback]:
+    """Name each callback by its class, so that its state finds it again; two of one class are numbered."""
+    named: dict[str, Callback] = {}
+    for callback in callbacks:
+        base = key = type(callback).__name__
+        if isinstance(callback, FunctionCallback):
+            base = key = f"{callback.hook}:{getattr(callback.function, '__name__', 'function')}"
+        number = 2
+        while key in named:
+            key, number = f"{base}#{number}", number + 1
+        named[key] = callback
+    return named
+
+
+def overrides(callback: Callback, hook: str) -> bool:
+    """Whether a callback does something on a hook."""
+    return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
+
+
+def checked(callbacks: Any) -> list[Callback]:
+    """The callbacks as a list, or an error that says what is none."""
+    if isinstance(callbacks, Callback):
+        callbacks = [callbacks]
+    found = list(callbacks)
+    for callback in found:
+        if not isinstance(callback, Callback):
+            hint = " (a class: call it)" if isinstance(callback, type) else ""
+            raise ConfigurationError(
+                f"callbacks: {kind_of(callback)}{hint} is no ax.Callback; a function becomes one by loop.on(hook)"
+            )
+    return found
+
+
+def _caller(hook: str, wanted: list[tuple[Hook, Cadence | None, Callback]]) -> Callable[[LoopState], None]:
+    def call(state: LoopState) -> None:
+        for function, cadence, callback in wanted:
+            if cadence is None or cadence.due(state):
+                answer = function(state)
+                if answer is not None:
+                    _take(answer, state, callback)
+
+    def _take(answer: Any, state: LoopState, callback: Callback) -> None:
+        if not isinstance(answer, (Stop, StopEpoch)):
+            raise ConfigurationError(
+                f"{callback!r}.{hook} returned {kind_of(answer)}; a hook returns None, ax.Stop(reason) or ax.StopEpoch(reason)"
+            )
+        if not isinstance(state.request, Stop):  # a Stop outranks a StopEpoch; the first of each kind gives the reason
+            state.request = answer
+
+    return call

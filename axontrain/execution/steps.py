@@ -1,0 +1,175 @@
+"""Step runners: forward, backward, update. One is chosen before the loop starts, so that the loop has no branches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axontrain.errors import LossError, ObjectiveError, kind_of, unknown
+from axontrain.objective import Objective, Step, total
+from axontrain.state import LoopState
+from axontrain.update import BufferGuard, Update
+
+Runner = Callable[[Any], Step]
+
+
+def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None) -> Runner:
+    """Choose how this objective is trained: by one loss, or by a generator of several."""
+    objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
+    if inspect.isgeneratorfunction(objective.train_step):
+        return SeveralLosses(objective, state, after_backward)
+    return OneLoss(objective, state, after_backward)
+
+
+class OneLoss:
+    """``train_step`` returns a Step: one backward, then every optimizer updates its parameters."""
+
+    def __init__(
+        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None
+    ) -> None:
+        self.objective, self.state, self.after_backward = objective, state, after_backward
+        self.updates = [optimizer.update for optimizer in state.optimizers.values()]
+        self.buffers = BufferGuard(objective)
+        self.checked = False
+
+    def __call__(self, batch: Any) -> Step:
+        if self.buffers:
+            self.buffers.keep()
+        step: Step = self.objective.train_step(batch)  # type: ignore[assignment]  # no generator: see runner
+        if not self.checked:
+            check(step, self.objective)
+            self.checked = True
+        loss = step.loss
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            check(step, self.objective)  # says it better, where it is about the loss
+            raise
+        if self.after_backward is not None:
+            self.after_backward(self.state)
+        step.loss = loss = loss.detach()
+        for update in self.updates:
+            skipped = update(loss, step.values)
+            step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
+        if self.buffers:
+            self.buffers.put_back(step.skipped)  # type: ignore[arg-type]  # there is at least one update
+        return step
+
+
+class SeveralLosses:
+    """``train_step`` is a generator: it yields ``(optimizer_name, loss)`` for each update."""
+
+    def __init__(
+        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None
+    ) -> None:
+        self.objective, self.state, self.after_backward = objective, state, after_backward
+        self.buffers = BufferGuard(objective)
+
+    def __call__(self, batch: Any) -> Step:
+        if self.buffers:
+            self.buffers.keep()
+        losses: dict[str, list[Tensor]] = {}
+        skipped: Tensor | None = None
+        generator: Any = self.objective.train_step(batch)
+        returned = None
+        while True:
+            try:
+                yielded = next(generator)
+            except StopIteration as stop:
+                returned = stop.value
+                break
+            update, loss, terms = self._taken(yielded)
+            # Only into this optimizer's parameters: a generator's loss leaves nothing behind in the discriminator.
+            loss.backward(inputs=[p for p in update.tensors if p.requires_grad])  # type: ignore[no-untyped-call]
+            if self.after_backward is not None:
+                self.after_backward(self.state)
+            flag = update.update(loss.detach(), terms)
+            skipped = flag if skipped is None else torch.maximum(skipped, flag)
+            for name, value in {f"{update.name}_loss": loss, **terms}.items():
+                losses.setdefault(name, []).append(value.detach())
+        step = self._step(batch, losses, returned)
+        step.skipped = skipped
+        if self.buffers and skipped is not None:
+            self.buffers.put_back(skipped)
+        return step
+
+    def _taken(self, yielded: Any) -> tuple[Update, Tensor, Mapping[str, Tensor]]:
+        of = f"{type(self.objective).__name__}.train_step"
+        if not isinstance(yielded, tuple) or len(yielded) != 2:
+            raise LossError(f"{of} yielded {kind_of(yielded)}; it yields (optimizer_name, loss)")
+        name, loss = yielded
+        if name not in self.state.optimizers:
+            raise unknown(f"optimizer yielded by {of}:", name, self.state.optimizers)
+        terms: Mapping[str, Tensor] = {}
+        if not isinstance(loss, Tensor):
+            terms, loss = loss, total(loss, self.objective)
+        check(Step(loss), self.objective, f"{of} yielded ({name!r}, loss); the")
+        return self.state.optimizers[name], loss, terms
+
+    def _step(self, batch: Any, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
+        if returned is not None and not isinstance(returned, Step):
+            raise ObjectiveError(
+                f"{type(self.objective).__name__}.train_step returned {kind_of(returned)}; a generator returns None or a Step"
+            )
+        if not losses:
+            raise ObjectiveError(f"{type(self.objective).__name__}.train_step yielded no (optimizer_name, loss)")
+        values = {name: torch.stack([v.reshape(()) for v in of_name]).mean() for name, of_name in losses.items()}
+        if returned is not None:
+            returned.loss = returned.loss.detach()
+            returned.values = {**values, **returned.values}
+            return returned
+        sum_of_losses = torch.stack(
+            [values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values]
+        )
+        return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
+
+
+def check(step: Any, objective: Objective, what: str = "") -> None:
+    """Say what is wrong with a step before autograd says it worse.
+
+    Raises:
+        ObjectiveError: if it is no Step.
+        LossError: if its loss is no scalar tensor, has no graph, or sits on another device than the parameters.
+
+    """
+    name = type(objective).__name__
+    if not isinstance(step, Step):
+        raise ObjectiveError(
+            f"{name}.train_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)"
+        )
+    loss, what = step.loss, what or f"{name}: the"
+    check_scalar(loss, what)
+    if not loss.requires_grad:
+        raise LossError(
+            f"{what} loss has no graph, so nothing can learn from it: it was computed from no trainable parameter, or under "
+            f"torch.no_grad(), or by .detach(), .item() or .numpy()"
+        )
+    devices = {p.device for p in objective.parameters()}
+    if devices and loss.device not in devices:
+        raise LossError(
+            f"{what} loss is on {loss.device}, the parameters on {', '.join(map(str, devices))}: compute it where they are"
+        )
+
+
+def check_eval(step: Any, objective: Objective) -> None:
+    """The same for an evaluation step, whose loss needs no graph."""
+    name = type(objective).__name__
+    if not isinstance(step, Step):
+        raise ObjectiveError(
+            f"{name}.eval_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)"
+        )
+    check_scalar(step.loss, f"{name}: the")
+
+
+def check_scalar(loss: Any, what: str) -> None:
+    """Raise unless the loss is one number in a tensor."""
+    if not isinstance(loss, Tensor):
+        raise LossError(f"{what} loss is {kind_of(loss)}; it is a scalar tensor, or a mapping of them")
+    if loss.numel() != 1:
+        raise LossError(
+            f"{what} loss is not a scalar but {tuple(loss.shape)}: reduce it, as by loss.mean() (the mean over the batch)"
+        )

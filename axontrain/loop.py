@@ -1,0 +1,548 @@
+"""Loop: fit, evaluate, predict. The algorithm is ``Loop._algorithm``; start reading there.
+
+All that is optional is wrapped around the objective or the data once, before the algorithm starts (:mod:`axontrain.execution`,
+:mod:`axontrain.data.stream`), so that the algorithm itself has no branches for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from axontrain import callback, checkpoint, randomness
+from axontrain.callback import Callback, FunctionCallback, Hook, Hooks
+from axontrain.callbacks.progress import ProgressBar
+from axontrain.clock import Duration, Every, Plan
+from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, to_device
+from axontrain.errors import AxonWarning, ConfigurationError, DataError, OptimizerError, kind_of, reject
+from axontrain.execution import modes
+from axontrain.execution.run import Interrupt, Run, clear_gradients, session, stream_of
+from axontrain.execution.steps import Runner, check_eval, runner
+from axontrain.metrics.meter import Meter
+from axontrain.metrics.registry import resolve
+from axontrain.objective import Objective, Step
+from axontrain.objective import batch_size as size_of
+from axontrain.optimizer import MAIN, Optimizer, route, uncovered, uncovered_error
+from axontrain.preflight import Report, preflight
+from axontrain.state import LoopState, Result, StopEpoch
+from axontrain.update import Update
+
+Function = TypeVar("Function", bound=Hook)
+
+
+class Loop:
+    """Trains, evaluates and predicts with one objective.
+
+    Args:
+        objective: what is trained; it is moved to ``device``.
+        optimizer: an :class:`~axontrain.Optimizer`, or a dict of them by name; None to evaluate and predict only.
+        metrics: further metrics, beside the objective's own (see :func:`axontrain.metrics.register`).
+        callbacks: what happens beside training, in this order.
+        evaluate_with: an objective that stands in for evaluation and validation.
+        seed: what all that is random in training follows from; None takes one from torch's generator.
+        device: "auto" takes a GPU where there is one.
+        strict: raise where a batch's structure or trailing shape differs from the first batch's.
+        progress: show a bar, or lines where no bar can be.
+        directory: where history and checkpoints are written; None writes nothing.
+
+    >>> import axontrain as ax
+    >>> line = ax.ArrayDataset(torch.linspace(-1, 1, 64)[:, None], torch.linspace(-2, 2, 64)[:, None])
+    >>> loop = Loop(ax.Supervised(torch.nn.Linear(1, 1), "mse"), ax.Optimizer("sgd", lr=0.3), progress=False)
+    >>> result = loop.fit(line, epochs=20)
+    >>> result.status, result.values["train/loss"] < 1e-3
+    ('completed', True)
+
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+        *,
+        metrics: Any = None,
+        callbacks: Sequence[Callback] = (),
+        evaluate_with: Objective | None = None,
+        seed: int | None = 0,
+        device: str | torch.device = "auto",
+        strict: bool = True,
+        progress: bool = True,
+        directory: str | Path | None = None,
+        **unknown: Any,
+    ) -> None:
+        reject(unknown, Loop.__init__)
+        for name, given in (("objective", objective), ("evaluate_with", evaluate_with)):
+            if not isinstance(given, Objective) and not (given is None and name == "evaluate_with"):
+                raise ConfigurationError(
+                    f"{name} is {kind_of(given)}, no ax.Objective: subclass it, or wrap a model by ax.Supervised(model, loss)"
+                )
+        self.device = _device(device)
+        self.objective = objective.to(self.device)
+        self.evaluate_with = None if evaluate_with is None else evaluate_with.to(self.device)
+        self.metrics = {**resolve(objective.metrics), **resolve(metrics)}
+        judge = objective if evaluate_with is None else evaluate_with
+        self._eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
+        self.callbacks = callback.checked(callbacks)
+        self.strict, self.progress = strict, progress
+        self.directory = None if directory is None else Path(directory)
+        self.optimizers = _optimizers(optimizer)
+        bound = {
+            name: Update(name, self.optimizers[name], parameters)
+            for name, parameters in route(objective, self.optimizers).items()
+        }
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self.state = LoopState(objective, bound, seed, Meter(self.metrics))
+        for update in bound.values():
+            update.clock = self.state
+        if self.directory is not None:
+            self.state.history.path = self.directory / "history.jsonl"
+        self._attach_callbacks()
+        self._by_hand: Runner | None = None
+        self._last_stream: Stream | None = None
+
+    def fit(
+        self,
+        train: Any,
+        validation: Any = None,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        time: str | float | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        validate: str | int | Every = "1 epoch",
+        limit: int | None = None,
+        **unknown: Any,
+    ) -> Result:
+        """Train until the first of the limits is reached; a second fit trains that much more.
+
+        Args:
+            train: a Dataset (shuffled), a :class:`~axontrain.Loader`, or any iterable of batches.
+            validation: the same, not shuffled; evaluated whenever ``validate`` says.
+            epochs, steps, time: the limits (``time="10 min"``, or seconds); at least one.
+            batch_size: samples in a batch, where ``train`` or ``validation`` is a bare Dataset.
+            validate: a duration: "1 epoch", "500 steps", "10 min", "5%", or an :class:`~axontrain.Every`.
+            limit: end each pass, of training and validation, after so many batches: for trials.
+
+        Returns:
+            The :class:`~axontrain.Result`: status, reason, last readings, history.
+
+        Raises:
+            ConfigurationError: for arguments that cannot work.
+            OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
+
+        """
+        reject(unknown, Loop.fit)
+        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
+        deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
+        return run.result()
+
+    def steps(
+        self,
+        train: Any,
+        validation: Any = None,
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        time: str | float | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        validate: str | int | Every = "1 epoch",
+        limit: int | None = None,
+        **unknown: Any,
+    ) -> Iterator[Step]:
+        """The same as ``fit``, step by step: ``for step in loop.steps(train, epochs=1): ...``.
+
+        It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
+        """
+        reject(unknown, Loop.steps)
+        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
+        return self._stepping(run)
+
+    def _algorithm(self, run: Run) -> Iterator[Step]:
+        """Train: the one algorithm that ``fit`` and ``steps`` run."""
+        state, train_step, record = run.state, run.train_step, run.state.meter.record
+        before_batch, after_batch = run.hooks.before_batch, run.hooks.after_batch
+        with session(run):
+            while run.goes_on():
+                if run.hooks.before_epoch is not None:
+                    run.hooks.before_epoch(state)
+                for batch in run.batches():
+                    run.batch = batch
+                    if before_batch is not None:
+                        before_batch(state)
+                    if state.request is not None:
+                        break
+                    state.last = step = None  # what it holds need not outlive the next forward pass
+                    state.last = step = train_step(batch)  # forward, backward, after_backward, update
+                    state.step += 1
+                    state.batch_index += 1
+                    state.samples += size_of(batch)
+                    record(step)  # on the device
+                    if after_batch is not None:
+                        after_batch(state)
+                    yield step
+                    if state.step >= run.next_step or perf_counter() >= run.next_time or state.request is not None:
+                        if self._look_up(run):
+                            break
+                else:
+                    self._end_epoch(run, exhausted=True)
+                    continue
+                if run.epoch_is_over() or isinstance(state.request, StopEpoch):
+                    self._end_epoch(run)
+            self._end_fit(run)
+
+    def _look_up(self, run: Run) -> bool:
+        """Validate or read, where due; whether the pass over the data ends here."""
+        state = run.state
+        if state.request is None and run.plan.over(state) is None and not run.epoch_is_over():
+            if run.validate.due(state):
+                self._read_and_validate(run)
+            else:
+                state.read()
+        run.look_ahead()
+        return state.request is not None or run.plan.over(state) is not None
+
+    def _end_epoch(self, run: Run, *, exhausted: bool = False) -> None:
+        """Count the epoch; then validation, readings, ``after_epoch``: all of one and the same step."""
+        state = run.state
+        if exhausted:
+            if state.batch_index == 0:
+                raise run.train.empty()
+            state.epoch_length = state.batch_index  # data of no known length has one now
+        if isinstance(state.request, StopEpoch):
+            state.request = None
+        state.epoch += 1
+        state.batch_index = 0
+        self._read_and_validate(run, validate=run.validate.due(state))
+        if run.hooks.after_epoch is not None and not isinstance(state.request, Interrupt):
+            run.hooks.after_epoch(state)
+        if isinstance(state.request, StopEpoch):  # the epoch is over as it is
+            state.request = None
+        run.look_ahead()
+
+    def _read_and_validate(self, run: Run, *, validate: bool = True) -> None:
+        state = run.state
+        readings = state.read()
+        state.meter.reset()
+        if validate and run.validation is not None:
+            if run.hooks.before_evaluate is not None:
+                run.hooks.before_evaluate(state)
+            found = self._evaluate(run.validation, state)
+            if not isinstance(state.request, Interrupt):
+                readings |= {f"val/{name}": value for name, value in found.items()}
+        state.values.update(readings)
+        if readings:
+            state.history.add(state.step, state.epoch, readings)
+        if validate and run.validation is not None and run.hooks.after_evaluate is not None:
+            if not isinstance(state.request, Interrupt):
+                run.hooks.after_evaluate(state)
+
+    def _end_fit(self, run: Run) -> None:
+        """Read what is left of an epoch that a limit or a stop has ended."""
+        state = run.state
+        if state.batch_index and state.step > run.plan.start_step:
+            readings = state.read()
+            if readings:
+                state.history.add(state.step, state.epoch, readings)
+        trained = state.step - run.plan.start_step
+        if run.validation is not None and trained and run.status == "completed" and "val/loss" not in state.values:
+            warnings.warn(
+                f"the validation data was never used: the run ended after {trained} steps, before "
+                f"{run.validate.every!r} was due; pass validate= a shorter interval, as in validate=100",
+                AxonWarning,
+                stacklevel=4,
+            )
+        if self.directory is not None:
+            checkpoint.write(self.directory / checkpoint.name_of(state.step), state.state_dict())
+
+    def evaluate(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE) -> dict[str, Any]:
+        """Evaluate: ``{"loss": ..., "accuracy": ...}``, means by items over the whole of ``data``.
+
+        Modules are in eval mode for as long as it takes, there are no gradients, and what is random follows from the seed.
+        """
+        stream = self._stream(data, "data", batch_size)
+        self._check_batch_size(batch_size, stream)
+        return self._evaluate(stream)
+
+    def _evaluate(self, stream: Stream, state: LoopState | None = None) -> dict[str, Any]:
+        objective = self.objective if self.evaluate_with is None else self.evaluate_with
+        meter = Meter(self._eval_metrics)
+        with self._evaluating(objective):
+            for index, batch in enumerate(stream.batches(self.state.seed, 0)):
+                step = objective.eval_step(batch)
+                if index == 0:
+                    check_eval(step, objective)
+                step.loss = step.loss.detach()
+                meter.record(step)
+                if state is not None and isinstance(state.request, Interrupt):
+                    return {}
+        if not len(meter):
+            raise stream.empty()
+        return meter.read()
+
+    def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False) -> Any:
+        """Predict for all of ``data``, in its order.
+
+        Batches go through the objective's ``split``: of a pair the first is the inputs, a bare tensor is inputs.
+
+        Args:
+            data: a Dataset, a Loader, a tensor or array (rows), or any iterable of batches.
+            batch_size: of a bare Dataset or tensor.
+            stream: give an iterator of the predictions of each batch, on the device, instead of all of them on the CPU.
+
+        Returns:
+            What ``predict`` returns, batches put together along the first dimension.
+
+        """
+        batches = self._stream(data, "data", batch_size)
+        self._check_batch_size(batch_size, batches)
+        predictions = self._predicting(batches)
+        if stream:
+            return predictions
+        return _joined([_to_cpu(prediction) for prediction in predictions])
+
+    def _predicting(self, stream: Stream) -> Iterator[Any]:
+        empty = True
+        for batch in stream.batches(self.state.seed, 0):
+            empty = False
+            with self._evaluating(self.objective):
+                prediction = self.objective.predict(self.objective.split(batch)[0])
+            yield prediction
+        if empty:
+            raise stream.empty()
+
+    @contextlib.contextmanager
+    def _evaluating(self, objective: Objective) -> Iterator[None]:
+        seed = randomness.derive(self.state.seed, "evaluate")
+        with modes.evaluation(objective), randomness.seeded(seed), torch.no_grad():
+            yield
+
+    def train_on_batch(self, batch: Any) -> Step:
+        """Train on one batch: forward, backward, update, counters and readings, for a loop of your own.
+
+        Callbacks belong to ``fit`` and are not called. ``loop.state.read()`` reads the means so far. Modules train as they
+        would in ``fit``, and draw from the run's own random stream.
+
+        Raises:
+            ConfigurationError: for a schedule of progress, since a single batch has no end to progress to.
+
+        """
+        self._check_covered()
+        state = self.state
+        if any(update.sees_progress for update in state.optimizers.values()):
+            raise ConfigurationError(
+                "train_on_batch knows no end, so a schedule of progress has nothing to go by: use loop.steps(train, ...), or "
+                "a torch scheduler factory, which counts steps"
+            )
+        if self._by_hand is None:
+            self._by_hand = runner(state, None)
+            clear_gradients(self.objective)
+        batch = to_device(batch, self.device)
+        with modes.training(self.objective), stream_of(state):
+            step = self._by_hand(batch)
+        state.step += 1
+        state.samples += size_of(batch)
+        state.last = step
+        state.meter.record(step)
+        return step
+
+    def on(
+        self,
+        hook: str,
+        every: Any = None,
+        *,
+        first: int | None = None,
+        after: int | str | None = None,
+        before: int | str | None = None,
+    ) -> Callable[[Function], Function]:
+        """Make a function a callback: ``@loop.on("after_batch", every=100)``. It takes the state, as any hook does."""
+        FunctionCallback(hook, lambda state: None)  # a wrong hook is an error here, not where the function is defined
+
+        def take(function: Function) -> Function:
+            made = FunctionCallback(hook, function, every=every, first=first, after=after, before=before)
+            self.callbacks.append(made)
+            return function
+
+        return take
+
+    def save(self, path: str | Path | None = None) -> Any:
+        """Save the whole state: to a directory of safetensors and JSON, or, without a path, to memory.
+
+        Returns:
+            The directory; or a snapshot that ``restore`` takes.
+
+        """
+        state = self.state.state_dict()
+        return state if path is None else checkpoint.write(path, state)
+
+    def restore(self, source: str | Path | Mapping[str, Any]) -> None:
+        """Go on from a saved state: a directory, or a snapshot that ``save()`` gave.
+
+        Nothing in a directory is executed or imported: the objects are yours, the state fills them.
+
+        Raises:
+            CheckpointError: if it is damaged, or of another objective; nothing is changed then.
+
+        """
+        self._attach_callbacks()
+        self.state.load_state_dict(source if isinstance(source, Mapping) else checkpoint.read(source))
+
+    def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
+        """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
+
+        See :func:`axontrain.preflight.preflight` for what is looked at.
+        """
+        streams = {"train": self._stream(train, "train", batch_size, shuffle=True)}
+        if validation is not None:
+            streams["validation"] = self._stream(validation, "validation", batch_size)
+        self._check_batch_size(batch_size, *streams.values())
+        return preflight(self.objective, self.evaluate_with, self.optimizers, self.metrics, streams, self.state.seed)
+
+    def __repr__(self) -> str:
+        return f"Loop({type(self.objective).__name__}, {self.optimizers or None}, {self.state!r})"
+
+    def _run(
+        self,
+        train: Any,
+        validation: Any,
+        epochs: int | None,
+        steps: int | None,
+        time: str | float | None,
+        batch_size: int,
+        validate: str | int | Every,
+        limit: int | None,
+    ) -> Run:
+        """Check and put together all that a fit needs, before anything is changed."""
+        self._check_covered()
+        state = self.state
+        stream = self._stream(train, "train", batch_size, shuffle=True, limit=limit)
+        validating = None if validation is None else self._stream(validation, "validation", batch_size, limit=limit)
+        self._check_batch_size(batch_size, *[one for one in (stream, validating) if one is not None])
+        if self._last_stream is not None and not stream.goes_on_from(self._last_stream):
+            state.batch_index = 0  # other batches than those that the epoch had begun with: it begins anew
+        plan = _plan(epochs, steps, time)
+        plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
+        length = stream.length
+        if length == 0:
+            raise stream.empty()
+        if length is not None and state.batch_index >= length:
+            state.batch_index = 0
+        plan.start_index = state.batch_index
+        state.epoch_length, state.plan, state.validates = length, plan, validating is not None
+        callbacks = [*self.callbacks, ProgressBar()] if self.progress else self.callbacks
+        self._attach_callbacks()
+        cadence = state.cadence("validate", Every.parse(validate))
+        cadence.start(state)
+        hooks = Hooks(callbacks, state)
+        self._last_stream = stream
+        return Run(state, plan, stream, validating, cadence, hooks, runner(state, hooks.after_backward))
+
+    def _stepping(self, run: Run) -> Iterator[Step]:
+        # The generators are the run's while it computes, and the caller's while the caller does.
+        caller = randomness.capture()
+        algorithm = self._algorithm(run)
+        try:
+            for step in algorithm:
+                inside = randomness.capture()
+                randomness.restore(caller)
+                yield step
+                caller = randomness.capture()
+                randomness.restore(inside)
+        finally:
+            algorithm.close()  # type: ignore[attr-defined]  # it is a generator
+            randomness.restore(caller)
+
+    def _stream(
+        self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None
+    ) -> Stream:
+        return Stream(
+            data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device
+        )
+
+    def _check_batch_size(self, batch_size: int, *streams: Stream) -> None:
+        if batch_size != DEFAULT_BATCH_SIZE and all(stream.brings_batches for stream in streams):
+            raise ConfigurationError(
+                f"batch_size={batch_size} has no effect on {' and '.join(s.name for s in streams)}, which bring their own "
+                f"batches: leave it out, or pass a Dataset"
+            )
+
+    def _check_covered(self) -> None:
+        state = self.state
+        if not state.optimizers:
+            raise OptimizerError(
+                "this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)"
+            )
+        left_out = uncovered(self.objective, {name: update.parameters for name, update in state.optimizers.items()})
+        if left_out:
+            raise uncovered_error(left_out)
+
+    def _attach_callbacks(self) -> None:
+        for key, one in callback.keys(self.callbacks).items():
+            if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
+                self.state.attach(f"callback/{key}", one)
+
+
+def _optimizers(optimizer: Any) -> dict[str, Optimizer]:
+    named = {} if optimizer is None else dict(optimizer) if isinstance(optimizer, Mapping) else {MAIN: optimizer}
+    for name, one in named.items():
+        if not isinstance(one, Optimizer):
+            raise ConfigurationError(
+                f"the optimizer {name!r} is {kind_of(one)}; it is an ax.Optimizer, as ax.Optimizer('adamw', lr=1e-3)"
+            )
+    return named
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ConfigurationError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
+    for name, value in (("epochs", epochs), ("steps", steps)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigurationError(f"{name}={value!r}: a whole number, 0 or more")
+    seconds = None
+    if time is not None:
+        number = isinstance(time, (int, float)) and not isinstance(time, bool)
+        duration = Duration.parse(f"{time!r} s" if number else time, "time")
+        if duration.unit != "seconds":
+            raise ConfigurationError(f"time={time!r}: a time, as '10 min', or a number of seconds")
+        seconds = float(duration.amount)
+    if epochs is None and steps is None and seconds is None:
+        raise ConfigurationError(
+            "fit would never end: give it a limit, epochs=, steps= or time= (the first reached ends it)"
+        )
+    if epochs == 0 or steps == 0 or seconds == 0:
+        warnings.warn("this fit trains nothing: a limit is 0", AxonWarning, stacklevel=4)
+    return Plan(epochs, steps, seconds)
+
+
+def _to_cpu(value: Any) -> Any:
+    return to_device(value, torch.device("cpu")) if not isinstance(value, Tensor) else value.cpu()
+
+
+def _joined(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        if any(part.shape[1:] != first.shape[1:] for part in parts):
+            raise DataError(
+                "the predictions of different batches differ in shape, so they cannot be put together: "
+                "use predict(..., stream=True), which gives them batch by batch"
+            )
+        return torch.cat(parts) if first.dim() else torch.stack(parts)
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_joined([part[index] for part in parts]) for index in range(len(first)))
+    return parts

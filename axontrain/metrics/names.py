@@ -1,0 +1,459 @@
+r"""The metrics that go by a name: torchmetrics' values from updates that never wait for the device.
+
+===================  ===============================================================================  ==================
+name                 value                                                                            read as
+===================  ===============================================================================  ==================
+accuracy             share of right answers (micro average; multilabel: over all labels)              float
+top{k}               share of items whose class is among the k highest scores; multiclass             float
+precision            TP / (TP + FP): macro average (mean over classes or labels, absent classes out)  float
+recall               TP / (TP + FN): macro average                                                    float
+f1                   2TP / (2TP + FP + FN): macro average                                             float
+dice                 2TP / (2TP + FP + FN) over all pixels or labels together (micro average); for    float
+                     multiclass this equals accuracy [1]_
+iou                  TP / (TP + FP + FN), the Jaccard index: macro average [2]_                       float
+auroc                area under the ROC curve: macro average, one class against the rest [3]_         float
+average_precision    sum over thresholds of (R_n - R_{n-1}) P_n: macro average                        float
+confusion_matrix     counts, rows are targets and columns predictions; multilabel: one for each       (C, C) or
+                     label                                                                            (C, 2, 2) of ints
+perplexity           exp(mean negative log-likelihood) of logits (B, V), (B, T, V) or (B, V, T)       float
+mse, rmse, mae       mean (square root of mean) squared error, mean absolute error, over elements     float
+r2                   1 - sum (t - p)^2 / sum (t - mean t)^2 over all elements                         float
+cosine_similarity    mean of p.t / (\|p\| \|t\|) along the last dimension of (B, D)                     float
+===================  ===============================================================================  ==================
+
+Why torchmetrics' own ``update`` is not used for classification, though its ``compute`` is: it waits for the device
+(``bincount``, boolean masks for ``ignore_index``), takes C x C counts where 3 x C do, and decides batch by batch
+whether scores are logits (any outside 0..1) or probabilities, so that its value depends on how the data were cut. Here
+the counts are sums over items, integers, added on the device, and that decision falls once, over all that was seen:
+joining or splitting batches cannot change a value.
+
+.. [1] L. R. Dice, Measures of the amount of ecologic association between species, Ecology 26 (1945).
+.. [2] P. Jaccard, The distribution of the flora in the alpine zone, New Phytologist 11 (1912).
+.. [3] T. Fawcett, An introduction to ROC analysis, Pattern Recognition Letters 27 (2006).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchmetrics
+import torchmetrics.classification
+import torchmetrics.text
+from torch import Tensor
+from torchmetrics.functional import cosine_similarity
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+from torchmetrics.utilities import dim_zero_cat
+
+from axontrain.errors import MetricError, kind_of
+from axontrain.metrics.registry import Layout, infer
+
+__all__ = [
+    "IGNORED",
+    "ClassCounts",
+    "ConfusionCounts",
+    "Gathered",
+    "Hits",
+    "Mean",
+    "Perplexity",
+    "ThresholdCounts",
+    "make",
+]
+
+IGNORED = -100
+"""The target that counts for nothing in multiclass metrics: the ``ignore_index`` of ``cross_entropy``."""
+
+Prepare = Callable[[Any, Any], tuple[Any, ...]]
+
+# What torchmetrics calls it, after Binary, Multiclass or Multilabel, and the average over classes or labels.
+_COUNTED: dict[str, tuple[str, str | None]] = {
+    "accuracy": ("Accuracy", "micro"),
+    "precision": ("Precision", "macro"),
+    "recall": ("Recall", "macro"),
+    "f1": ("F1Score", "macro"),
+    "dice": ("F1Score", "micro"),
+    "iou": ("JaccardIndex", "macro"),
+    "confusion_matrix": ("ConfusionMatrix", None),
+}
+_RANKED = ("auroc", "average_precision")
+
+
+def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[torchmetrics.Metric, Prepare]:
+    """Make the metric of a built-in name for the first batch, and what brings every batch to its ``update``.
+
+    ``kind`` is the built-in name, ``name`` the one in the readings, for messages.
+
+    >>> logits, pixels = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
+    >>> metric, prepare = make("iou", "iou", logits, pixels)
+    >>> [tuple(tensor.shape) for tensor in prepare(logits, pixels)]
+    [(128,), (128,)]
+
+    Raises:
+        MetricError: if the shapes or dtypes do not fit the metric.
+
+    """
+    if kind in _ERRORS or kind == "cosine_similarity":
+        return _regression(kind, name, predictions, targets)
+    layout = infer(name, predictions, targets)
+    if layout.task == "labels":
+        if kind != "accuracy":
+            raise MetricError(
+                f"metric {name!r}: predictions {kind_of(predictions)} are classes already, so neither scores nor the "
+                f"number of classes are known: pass an instance, metrics={{{name!r}: torchmetrics.F1Score(...)}}"
+            )
+        # Equality needs no number of classes, and micro-averaged accuracy is the same for any.
+        return Hits("MulticlassAccuracy", num_classes=2, average="micro"), lambda p, t: (p, t.long())
+    if kind == "perplexity" or kind not in (*_COUNTED, *_RANKED):
+        if layout.task != "multiclass":
+            raise MetricError(
+                f"metric {name!r} needs scores for each class, (B, C, ...), and class indices, (B, ...), but "
+                f"predictions {kind_of(predictions)} and targets {kind_of(targets)} are {layout.task}"
+            )
+        if kind == "perplexity":
+            # With classes last, vectors as they lie in memory; moving the classes would copy the logits.
+            prepare = _scores(layout) if layout.dim == -1 else layout.align
+            return _in_double(Perplexity(ignore_index=IGNORED), predictions), prepare
+        return _top(name, int(kind.removeprefix("top")), layout, predictions)
+    if kind in _RANKED:
+        return Gathered(kind, layout.task == "multiclass"), _scores(layout)
+    words, average = _COUNTED[kind]
+    options: dict[str, Any] = {} if average is None or layout.task == "binary" else {"average": average}
+    if layout.task != "binary":
+        options |= {"num_classes" if layout.task == "multiclass" else "num_labels": layout.size}
+    words = layout.task.capitalize() + words
+    if layout.task != "multiclass":
+        return ThresholdCounts(words, layout.size, **options), _scores(layout)
+    if average == "micro":
+        return Hits(words, **options), _labels(layout)
+    counts = ConfusionCounts if kind in ("iou", "confusion_matrix") else ClassCounts
+    return counts(words, **options), _labels(layout)
+
+
+def _labels(layout: Layout) -> Prepare:
+    """Class indices, predicted and true, as vectors."""
+
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        labels = predictions.argmax(layout.dim)
+        return labels.reshape(-1), layout.targets(targets).reshape(-1)
+
+    return prepare
+
+
+def _scores(layout: Layout) -> Prepare:
+    """Scores (N, C) with targets (N,), multilabel (N, L) both, binary (N,) both."""
+
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        targets = layout.targets(targets)
+        if layout.task == "binary":
+            return predictions.reshape(-1), targets.reshape(-1)
+        scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
+        if layout.task == "multilabel":
+            return scores, targets.movedim(layout.dim, -1).reshape(-1, layout.size)
+        return scores, targets.reshape(-1)
+
+    return prepare
+
+
+def _top(name: str, k: int, layout: Layout, predictions: Tensor) -> tuple[torchmetrics.Metric, Prepare]:
+    if k > layout.size:
+        raise MetricError(
+            f"metric {name!r} looks at the {k} highest of at least {k} classes, but predictions "
+            f"{kind_of(predictions)} have {layout.size}: use 'top{layout.size}' at most"
+        )
+    metric = Hits("MulticlassAccuracy", num_classes=layout.size, average="micro")
+    if k == 1:  # exactly accuracy, ties too
+        return metric, _labels(layout)
+
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        indices = predictions.topk(k, layout.dim).indices
+        return indices, layout.targets(targets).unsqueeze(layout.dim)
+
+    return metric, prepare
+
+
+# --- counts over items, each a sum that updates add to ---------------------------------------------------------------
+
+
+class _Counted(torchmetrics.Metric):
+    """Counts as states, and the value that a torchmetrics class computes of them."""
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self, words: str, **options: Any) -> None:
+        super().__init__()
+        self.words, self.options = words, options
+
+    def _count(self, name: str, *shape: int) -> None:
+        self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+
+    def _value(self, true_false: tuple[Tensor, ...] | None = None, confusion: Tensor | None = None) -> Tensor:
+        # Through the class, as the instance's own compute would synchronise, cache and warn once more.
+        kind = getattr(torchmetrics.classification, self.words)
+        metric = kind(**self.options, validate_args=False)
+        if confusion is not None:
+            metric.confmat = confusion
+        else:
+            metric.tp, metric.fp, metric.tn, metric.fn = true_false or ()
+        value: Tensor = kind.compute(metric)
+        return value
+
+
+class Hits(_Counted):
+    """Right answers and items that count: micro averages of multiclass data.
+
+    >>> hits = Hits("MulticlassAccuracy", num_classes=3, average="micro")
+    >>> hits.update(torch.tensor([0, 1, 2]), torch.tensor([0, 2, IGNORED]))
+    >>> hits.compute()
+    tensor(0.5000)
+    """
+
+    right: Tensor
+    items: Tensor
+
+    def __init__(self, words: str, **options: Any) -> None:
+        super().__init__(words, **options)
+        self._count("right")
+        self._count("items")
+
+    def update(self, labels: Tensor, targets: Tensor) -> None:
+        """Add a batch: labels broadcast to targets, where a target equals at most one of the labels."""
+        self.right = self.right + (labels == targets).sum()  # no label equals IGNORED
+        self.items = self.items + (targets != IGNORED).sum()
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value: an item that is wrong is false for one class and missing in another."""
+        right, wrong = self.right.reshape(1), (self.items - self.right).reshape(1)
+        return self._value((right, wrong, torch.zeros_like(right), wrong))
+
+
+class ClassCounts(_Counted):
+    """For each class the items that are it and were taken for it, that were taken for it, and that are it.
+
+    3 x C counts serve a language model's vocabulary, for which torchmetrics' C x C do not fit in memory.
+    """
+
+    counts: Tensor
+
+    def __init__(self, words: str, *, num_classes: int, **options: Any) -> None:
+        super().__init__(words, num_classes=num_classes, **options)
+        self._count("counts", 3, num_classes)
+
+    def update(self, labels: Tensor, targets: Tensor) -> None:
+        """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
+        kept = targets != IGNORED
+        # Ignored items are counted in class 0, zero times: selecting the others would wait for the device.
+        targets = torch.where(kept, targets, 0)
+        counted = torch.stack((kept & (labels == targets), kept, kept)).long()
+        self.counts.scatter_add_(1, torch.stack((targets, labels, targets)), counted)
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value."""
+        hits, taken, true = self.counts
+        return self._value((hits, taken - hits, true.sum() - taken - true + hits, true - hits))
+
+
+class ConfusionCounts(_Counted):
+    """How often each class (row) was taken for each (column)."""
+
+    counts: Tensor
+
+    def __init__(self, words: str, *, num_classes: int, **options: Any) -> None:
+        super().__init__(words, num_classes=num_classes, **options)
+        self._count("counts", num_classes, num_classes)
+
+    def update(self, labels: Tensor, targets: Tensor) -> None:
+        """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
+        kept = targets != IGNORED
+        cells = torch.where(kept, targets, 0) * self.counts.shape[1] + labels
+        self.counts.view(-1).scatter_add_(0, cells, kept.long())
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value."""
+        return self._value(confusion=self.counts)
+
+
+class ThresholdCounts(_Counted):
+    """Binary and multilabel counts, kept twice: as if scores were probabilities, and as if they were logits.
+
+    Scores are logits if any of all that were seen lies outside 0..1: torchmetrics' rule, but it looks at each update
+    by itself, so that a small batch of logits may pass for probabilities (and on the CPU it reads the answer).
+    """
+
+    true: Tensor
+    false: Tensor
+    positives: Tensor
+    negatives: Tensor
+    outside: Tensor
+
+    def __init__(self, words: str, labels: int, **options: Any) -> None:
+        super().__init__(words, **options)
+        self._count("true", 2, labels)
+        self._count("false", 2, labels)
+        self._count("positives", labels)
+        self._count("negatives", labels)
+        self._count("outside")
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Add a batch of scores and targets 0 or 1, both (N, L), or (N,) if binary; any other target is left out."""
+        positive, negative = targets == 1, targets == 0
+        taken = torch.stack((scores > 0.5, scores > 0))  # sigmoid(x) > 1/2 where x > 0
+        self.true = self.true + (taken & positive).sum(1).view_as(self.true)
+        self.false = self.false + (taken & negative).sum(1).view_as(self.false)
+        self.positives = self.positives + positive.sum(0)
+        self.negatives = self.negatives + negative.sum(0)
+        self.outside = self.outside + ((scores < 0) | (scores > 1)).sum()
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value of the counts that apply."""
+        true, false = (torch.where(self.outside > 0, counts[1], counts[0]) for counts in (self.true, self.false))
+        missed, right = self.positives - true, self.negatives - false
+        if "Jaccard" in self.words or "Confusion" in self.words:
+            confusion = torch.stack((right, false, missed, true), -1).view(-1, 2, 2)
+            return self._value(confusion=confusion if self.words.startswith("Multilabel") else confusion[0])
+        return self._value((true, false, right, missed))
+
+
+# --- metrics of other kinds ------------------------------------------------------------------------------------------
+
+
+class Gathered(torchmetrics.Metric):
+    """All scores and targets, ranked when the value is read; a class without positives is left out of the average.
+
+    Ranks cannot be summed up without loss, so this keeps everything: its memory grows with the data. torchmetrics
+    would take the AUROC of a class that is absent for 0. If no class is left the value is NaN.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    scores: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self, kind: str, multiclass: bool) -> None:
+        super().__init__()
+        self.kind, self.multiclass = kind, multiclass
+        self.add_state("scores", [], dist_reduce_fx="cat")
+        self.add_state("targets", [], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Keep a batch; as copies, for the memory of predictions may be written again (CUDA graphs)."""
+        self.scores.append(scores.clone())
+        self.targets.append(targets.clone())
+
+    def compute(self) -> Tensor:
+        """Average torchmetrics' value of each class against the rest, or of each label."""
+        scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+        if scores.device.type == "mps":  # which has no float64
+            scores, targets = scores.cpu(), targets.cpu()
+        # In double precision: in single the sigmoid of a logit above 17 is 1, and confident scores would tie.
+        scores = scores.double()
+        if self.multiclass:
+            kept = targets != IGNORED
+            scores, targets = scores[kept], targets[kept]
+            scores = scores.softmax(1) if bool(((scores < 0) | (scores > 1)).any()) else scores
+        value = binary_auroc if self.kind == "auroc" else binary_average_precision
+        values = []
+        for index, column in enumerate(scores.reshape(len(scores), -1).unbind(1)):
+            true = targets == index if self.multiclass else targets.reshape(len(targets), -1)[:, index]
+            known = (true == 0) | (true == 1)
+            column, true = column[known], true[known].long()
+            positives = int(true.sum())
+            if positives and (positives < len(true) or self.kind != "auroc"):
+                values.append(value(column, true, validate_args=False))
+        return torch.stack(values).mean() if values else scores.new_tensor(torch.nan)
+
+
+class Mean(torchmetrics.Metric):
+    """The mean of one value for each item; torchmetrics' own looks for NaN on the host.
+
+    >>> mean = Mean()
+    >>> mean.update(torch.tensor([1.0, 2.0]))
+    >>> mean.update(torch.tensor([6.0]))
+    >>> mean.compute()
+    tensor(3.)
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Add a batch of values (N,)."""
+        self.total += values.sum()
+        self.count += values.numel()
+
+    def compute(self) -> Tensor:
+        """Divide."""
+        return self.total / self.count
+
+
+class Perplexity(torchmetrics.text.Perplexity):
+    """torchmetrics' perplexity, with an update by log-softmax: probabilities that underflow do not make it infinite."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch of logits (B, V, ...) and targets (B, ...)."""
+        likelihood = torch.log_softmax(preds, 1, dtype=None if preds.dtype == torch.float64 else torch.float32)
+        kept = target != IGNORED
+        # Not nll_loss, which has no deterministic form for (B, V, T) on a GPU.
+        chosen = likelihood.gather(1, torch.where(kept, target, 0).unsqueeze(1)).squeeze(1)
+        self.total_log_probs -= torch.where(kept, chosen, 0).sum()
+        self.count += kept.sum()
+
+
+_ERRORS: dict[str, Callable[[], torchmetrics.Metric]] = {
+    "mse": torchmetrics.MeanSquaredError,
+    "rmse": lambda: torchmetrics.MeanSquaredError(squared=False),
+    "mae": torchmetrics.MeanAbsoluteError,
+    "r2": torchmetrics.R2Score,
+}
+
+
+def _regression(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[torchmetrics.Metric, Prepare]:
+    metric = _ERRORS[kind]() if kind in _ERRORS else Mean()
+    # R² is a difference of large sums, which single precision would not survive.
+    double = kind == "r2" and predictions.device.type != "mps"
+
+    def check(predictions: Tensor, targets: Tensor) -> None:
+        shape, wanted = predictions.shape, targets.shape
+        if kind == "cosine_similarity" and (shape != wanted or len(shape) < 2):
+            raise MetricError(
+                f"metric {name!r} compares vectors, (B, D) each, not predictions {kind_of(predictions)} with targets "
+                f"{kind_of(targets)}"
+            )
+        # (B, 1) against (B,) would broadcast to (B, B): a number, and the wrong one.
+        if shape != wanted and (*shape, 1) != wanted and shape != (*wanted, 1):
+            raise MetricError(
+                f"metric {name!r}: predictions {kind_of(predictions)} and targets {kind_of(targets)} must have one "
+                "shape, up to a trailing dimension of 1"
+            )
+
+    def elements(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        check(predictions, targets)
+        return _real(predictions, double).reshape(-1), _real(targets, double).reshape(-1)
+
+    def cosines(predictions: Tensor, targets: Tensor) -> tuple[Tensor]:
+        check(predictions, targets)
+        of, to = (_real(tensor.detach()).reshape(-1, tensor.shape[-1]) for tensor in (predictions, targets))
+        return (cosine_similarity(of, to, reduction="none"),)
+
+    check(predictions, targets)
+    return _in_double(metric, predictions), cosines if kind == "cosine_similarity" else elements
+
+
+def _real(values: Tensor, double: bool = False) -> Tensor:
+    """In single precision at least: sums of half-precision values round off."""
+    if double:
+        return values.double()
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def _in_double(metric: torchmetrics.Metric, predictions: Tensor) -> torchmetrics.Metric:
+    """Keep sums in double precision where there is one: a single-precision count stands still at 2^24."""
+    return metric if predictions.device.type == "mps" else metric.set_dtype(torch.float64)

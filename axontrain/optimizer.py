@@ -1,0 +1,272 @@
+"""Optimizer: which algorithm updates which parameters, how fast, and within what bounds.
+
+It is a description: nothing is bound to parameters until a Loop takes it, so one Optimizer may serve many Loops.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown
+
+Predicate = Callable[[str, nn.Parameter], bool]
+Selection = str | Predicate
+
+
+class Optimizer:
+    """An optimizer to be bound to the parameters of an objective.
+
+    Args:
+        factory: a name ("sgd", "adam", "adamw", "muon", ...), a ``torch.optim`` class, or any callable that takes
+            parameters (or parameter groups) and returns a ``torch.optim.Optimizer``.
+        lr: the base learning rate; a schedule's factor multiplies it.
+        schedule: a function of progress in 0..1 that gives a factor (:mod:`axontrain.schedules`), or a torch scheduler
+            factory such as ``lambda optimizer: StepLR(optimizer, 10)``, stepped once a step. Which of the two it is, is
+            found out by calling it with 0.0.
+        clip_norm: scale gradients down so that their norm over all parameters is at most this.
+        clip_value: clamp each gradient element to within ± this; before ``clip_norm`` where both are given.
+        groups: ``{pattern or predicate: options}``. A pattern is a glob over parameter names (``"*.bias"``), a predicate
+            takes ``(name, parameter)``. Options are the optimizer's own (``lr``, ``weight_decay``, ...); with
+            ``optimizer=`` a group has an algorithm of its own. What no group matches has the options given here.
+        params: the parameters it takes, as a pattern, a list of patterns or a predicate; without it a lone Optimizer
+            takes all, and one in a dict takes the submodule of its name.
+        on_nonfinite: what to do with an update whose loss or gradients are not finite: "skip" it on the device, without
+            a host read, and warn at the next reading; or "raise" at once, at the cost of a host read each step.
+        patience: so many skipped in a row are an error, raised at the next reading.
+        **kwargs: options of the algorithm, as ``weight_decay=0.01``.
+
+    Algorithms run fused wherever torch can and nothing was said otherwise (``fused=False``).
+
+    >>> Optimizer("adamw", lr=1e-3, groups={"*.bias": {"weight_decay": 0.0}})
+    Optimizer('adamw', lr=0.001)
+
+    Raises:
+        ConfigurationError: for a name, an option or a value that cannot work.
+
+    """
+
+    def __init__(
+        self,
+        factory: str | type[torch.optim.Optimizer] | Callable[..., torch.optim.Optimizer],
+        *,
+        lr: float,
+        schedule: Callable[..., Any] | None = None,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        groups: Mapping[Selection, Mapping[str, Any]] | None = None,
+        params: Selection | Sequence[str] | None = None,
+        on_nonfinite: str = "skip",
+        patience: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        self.factory = _factory(factory)
+        self.name = factory if isinstance(factory, str) else getattr(factory, "__name__", type(factory).__name__)
+        self.lr = _number("lr", lr, at_least=0.0)
+        self.schedule = schedule
+        self.clip_norm = None if clip_norm is None else _number("clip_norm", clip_norm, above=0.0)
+        self.clip_value = None if clip_value is None else _number("clip_value", clip_value, above=0.0)
+        self.groups = dict(groups or {})
+        self.params = params
+        if on_nonfinite not in ("skip", "raise"):
+            raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        self.on_nonfinite = on_nonfinite
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ConfigurationError(f"patience={patience!r}: a whole number of updates, 1 or more")
+        self.patience = patience
+        if schedule is not None and not callable(schedule):
+            raise ConfigurationError(f"schedule={schedule!r}: a function of progress, or a torch scheduler factory")
+        self.kwargs = kwargs
+        _check_options(self.factory, self.name, kwargs)
+        for selection, options in self.groups.items():
+            if not isinstance(selection, str) and not callable(selection):
+                raise ConfigurationError(f"groups: {selection!r} is neither a pattern nor a predicate(name, parameter)")
+            if not isinstance(options, Mapping):
+                raise ConfigurationError(f"groups[{selection!r}] is {kind_of(options)}; it is a mapping of options")
+            own = dict(options)
+            factory_of_group = _factory(own.pop("optimizer")) if "optimizer" in own else self.factory
+            _check_options(factory_of_group, getattr(factory_of_group, "__name__", "optimizer"), own, group=selection)
+
+    def __repr__(self) -> str:
+        return f"Optimizer({self.name!r}, lr={self.lr:g})"
+
+
+@dataclass(slots=True)
+class Part:
+    """One torch optimizer to be: its factory, and its groups of named parameters with their options."""
+
+    factory: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any]
+    groups: list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
+
+
+def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, nn.Parameter]]:
+    """Give each optimizer its parameters, by name.
+
+    Raises:
+        OptimizerError: where a selection matches nothing, or two optimizers cover one parameter.
+
+    """
+    parameters = dict(module.named_parameters())
+    taken: dict[str, dict[str, nn.Parameter]] = {}
+    for name, optimizer in optimizers.items():
+        if optimizer.params is not None:
+            found = _selected(parameters, optimizer.params, f"params= of the optimizer {name!r}")
+        elif len(optimizers) == 1 and name == MAIN:
+            found = parameters
+        else:
+            found = {key: p for key, p in parameters.items() if key == name or key.startswith(f"{name}.")}
+            if not found:
+                children = [child for child, _ in module.named_children()]
+                raise unknown(f"optimizer of {type(module).__name__}:", name, children, _PARAMS_HINT)
+        taken[name] = found
+    owners: dict[int, str] = {}
+    twice = []
+    for name, found in taken.items():
+        for key, parameter in found.items():
+            if owners.setdefault(id(parameter), name) != name:
+                twice.append(f"{key} (by {owners[id(parameter)]!r} and {name!r})")
+    if twice:
+        raise OptimizerError(f"parameters covered by two optimizers: {_some(twice)}; narrow one of them with params=")
+    return taken
+
+
+def uncovered(module: nn.Module, taken: Mapping[str, Mapping[str, nn.Parameter]]) -> list[str]:
+    """The names of trainable parameters that no optimizer covers."""
+    covered = {id(p) for found in taken.values() for p in found.values()}
+    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in covered]
+
+
+def uncovered_error(names: Sequence[str]) -> OptimizerError:
+    """The error that names parameters which would never be trained."""
+    return OptimizerError(
+        f"no optimizer covers {_some(names)}: give an Optimizer for them, or freeze them by "
+        f"parameter.requires_grad_(False)"
+    )
+
+
+def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[Part]:
+    """Divide parameters into groups, and the groups among torch optimizers.
+
+    Raises:
+        OptimizerError: where a group matches nothing, or two groups match one parameter.
+
+    """
+    rest = dict(parameters)
+    main = Part(optimizer.factory, {"lr": optimizer.lr, **optimizer.kwargs}, [])
+    found: list[Part] = [main]
+    matched: dict[str, Selection] = {}
+    for selection, options in optimizer.groups.items():
+        chosen = _selected(parameters, selection, "groups of the optimizer")
+        twice = [name for name in chosen if name in matched]
+        if twice:
+            raise OptimizerError(
+                f"parameters matched by two groups ({_shown(matched[twice[0]])} and {_shown(selection)}): {_some(twice)}; "
+                f"narrow one of them"
+            )
+        matched.update(dict.fromkeys(chosen, selection))
+        for name in chosen:
+            del rest[name]
+        own = dict(options)
+        if "optimizer" not in own:
+            main.groups.append((chosen, own))
+            continue
+        factory = _factory(own.pop("optimizer"))
+        found.append(Part(factory, {"lr": optimizer.lr, **own}, [(chosen, {})]))
+    if rest:
+        main.groups.insert(0, (rest, {}))
+    return [part for part in found if part.groups]
+
+
+MAIN = "main"
+_PARAMS_HINT = "Without params= an optimizer in a dict takes the submodule of its name."
+
+
+def names() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers known by name: torch's classes in lower case."""
+    found = {}
+    for name in dir(torch.optim):
+        value = getattr(torch.optim, name)
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer:
+            found[name.lower()] = value
+    return found
+
+
+def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
+    if isinstance(factory, str):
+        known = names()
+        if factory.lower() not in known:
+            raise unknown("optimizer", factory, known, "A torch.optim class or any callable of parameters will do too.")
+        factory = known[factory.lower()]
+    if isinstance(factory, torch.optim.Optimizer):
+        raise ConfigurationError(
+            f"{type(factory).__name__}(...) is bound to parameters already: pass the class, and its options beside it, as "
+            f"ax.Optimizer({type(factory).__name__}, lr=...)"
+        )
+    if not callable(factory):
+        raise ConfigurationError(f"an optimizer is a name, a torch.optim class or a callable, not {kind_of(factory)}")
+    if factory is getattr(torch.optim, "LBFGS", None):
+        raise ConfigurationError(
+            "LBFGS evaluates the loss several times an update, which one step of a Loop does not do"
+        )
+    return factory  # type: ignore[no-any-return]
+
+
+def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: Selection | None = None) -> None:
+    if not isinstance(factory, type):
+        return
+    accepted = [p for p in inspect.signature(factory).parameters if p not in ("self", "params")]
+    for option in options:
+        if option not in accepted:
+            where = "" if group is None else f" in groups[{_shown(group)}]"
+            raise unknown(
+                f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])]
+            )
+
+
+OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "params", "on_nonfinite", "patience")
+
+
+def _selected(
+    parameters: Mapping[str, nn.Parameter], selection: Selection | Sequence[str], where: str
+) -> dict[str, nn.Parameter]:
+    if callable(selection):
+        found = {name: p for name, p in parameters.items() if selection(name, p)}
+    else:
+        patterns = [selection] if isinstance(selection, str) else list(selection)
+        found = {}
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise ConfigurationError(f"{where}: {kind_of(pattern)} is neither a pattern nor a predicate")
+            matches = {name: p for name, p in parameters.items() if fnmatch.fnmatchcase(name, pattern)}
+            if not matches:
+                raise OptimizerError(f"{where}: {pattern!r} matches no parameter of {_some(list(parameters))}")
+            found.update(matches)
+    if not found:
+        raise OptimizerError(f"{where}: {_shown(selection)} matches no parameter of {_some(list(parameters))}")
+    return found
+
+
+def _shown(selection: Any) -> str:
+    return getattr(selection, "__name__", repr(selection)) if callable(selection) else repr(selection)
+
+
+def _some(items: Sequence[str]) -> str:
+    return ", ".join(items[:8]) + (f", ... ({len(items)} in all)" if len(items) > 8 else "")
+
+
+def _number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> float:
+    if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+        raise ConfigurationError(f"{name}={value!r}: a number")
+    number = float(value)
+    if at_least is not None and not number >= at_least:
+        raise ConfigurationError(f"{name}={value!r}: {at_least:g} or more")
+    if above is not None and not number > above:
+        raise ConfigurationError(f"{name}={value!r}: above {above:g}")
+    return number

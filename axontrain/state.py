@@ -1,0 +1,346 @@
+"""LoopState: all that changes during a run, in one object that the hooks get. History and Result."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from axontrain import display, randomness
+from axontrain.clock import Cadence, Every, Plan
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, unknown
+from axontrain.metrics.meter import Meter
+from axontrain.objective import Step
+from axontrain.update import Update
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What takes part in saving and restoring."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What going on needs: numbers, text, tensors, and lists and mappings of them."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from what ``state_dict`` gave."""
+
+
+class History:
+    """The readings of a run: one row for each step at which something was read.
+
+    Args:
+        path: a file of JSON lines that each reading is appended to; a later line for a step adds to the earlier.
+
+    >>> history = History()
+    >>> history.add(10, 1, {"train/loss": 0.5})
+    >>> history.add(10, 1, {"val/loss": 0.6})
+    >>> history["val/loss"], history.rows
+    ([0.6], [{'epoch': 1, 'step': 10, 'train/loss': 0.5, 'val/loss': 0.6}])
+
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.path = path
+
+    def add(self, step: int, epoch: int, readings: Mapping[str, Any]) -> None:
+        """Add readings to the row of a step."""
+        if self.rows and self.rows[-1]["step"] == step:
+            self.rows[-1].update({"epoch": epoch, **readings})
+        else:
+            self.rows.append({"epoch": epoch, "step": step, **readings})
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_jsonable({"epoch": epoch, "step": step, **readings}), allow_nan=False) + "\n")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the readings."""
+        return list({name: None for row in self.rows for name in row if name not in display.COUNTERS})
+
+    def best(self, name: str, mode: str = "min") -> dict[str, Any]:
+        """The row whose reading ``name`` is the lowest (``mode="min"``) or highest (``"max"``); never one that is NaN."""
+        if mode not in ("min", "max"):
+            raise unknown("mode", mode, ("min", "max"))
+        rows = [row for row in self.rows if name in row and not math.isnan(row[name])]
+        if not rows:
+            raise unknown("reading", name, self.columns)
+        return (min if mode == "min" else max)(rows, key=lambda row: row[name])
+
+    def __getitem__(self, name: str) -> list[Any]:
+        values = [row[name] for row in self.rows if name in row]
+        if not values:
+            raise unknown("reading", name, [*display.COUNTERS, *self.columns])
+        return values
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, History) and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def __str__(self) -> str:
+        return display.text_table(self.rows) if self.rows else "no readings"
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows of {', '.join(self.columns) or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        return display.rich(self.rows, repr(self))
+
+
+class LoopState:
+    """All that changes during a run.
+
+    Attributes:
+        objective: what is trained.
+        optimizers: by name; a lone Optimizer is "main".
+        epoch: epochs completed.
+        step: batches trained on.
+        samples: samples trained on.
+        batch_index: batches of the present epoch trained on.
+        values: the last readings, by name ("train/loss", "val/accuracy", ...).
+        history: all readings.
+        status: "ready", "running", "completed", "stopped", "interrupted" or "failed".
+        last: the last Step; its loss and predictions are on the device.
+        error: in ``on_error``, what was raised.
+        validates: whether the present fit has validation data.
+
+    """
+
+    def __init__(self, objective: nn.Module, optimizers: Mapping[str, Update], seed: int, train_meter: Meter) -> None:
+        self.objective = objective
+        self.optimizers = dict(optimizers)
+        self.epoch = self.step = self.samples = self.batch_index = 0
+        self.values: dict[str, Any] = {}
+        self.history = History()
+        self.status = "ready"
+        self.last: Step | None = None
+        self.error: BaseException | None = None
+        self.seed = seed
+        self.plan: Plan | None = None
+        self.epoch_length: int | None = None
+        self.meter = train_meter
+        self.rng: dict[str, Any] | None = None
+        self.request: Stop | StopEpoch | None = None
+        self.validates = False
+        self.attached: dict[str, Any] = {}
+        self._cadences: dict[str, Cadence] = {}
+        self._waiting: dict[str, Any] = {}
+        self._trained = 0.0
+        self._since: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all fits."""
+        return self._trained + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    @property
+    def progress(self) -> float:
+        """How far the present fit has come, 0 to 1: what schedules see."""
+        return 0.0 if self.plan is None else self.plan.progress(self)
+
+    def read(self) -> dict[str, Any]:
+        """Read the training means since the epoch began (or since the last validation) to the host, into ``values``.
+
+        What is read later does not change by it.
+
+        Raises:
+            NonFiniteError: if too many updates in a row were skipped.
+
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.read()
+        readings = {f"train/{name}": value for name, value in self.meter.read().items()} if len(self.meter) else {}
+        self.values.update(readings)
+        return readings
+
+    def record(self, readings: Mapping[str, Any]) -> None:
+        """Add readings of your own, at the present step: to ``values`` and to the history."""
+        for name, value in readings.items():
+            if not isinstance(value, (int, float, list)):
+                raise ConfigurationError(f"record({name!r}: {kind_of(value)}): a reading is a number on the host")
+        self.values.update(readings)
+        self.history.add(self.step, self.epoch, readings)
+
+    def attach(self, name: str, part: Stateful) -> None:
+        """Let an object of yours take part in saving and restoring, under a name that stays the same between runs."""
+        if not isinstance(part, Stateful):
+            raise ConfigurationError(f"attach({name!r}): {kind_of(part)} has no state_dict and load_state_dict")
+        if self.attached.get(name, part) is not part:
+            raise ConfigurationError(f"attach({name!r}): another object has that name")
+        self.attached[name] = part
+        if name in self._waiting:
+            part.load_state_dict(self._waiting.pop(name))
+
+    def cadence(self, name: str, every: Every) -> Cadence:
+        """The cadence of that name: made at first, afterwards the one that remembers."""
+        cadence = self._cadences.get(name)
+        if cadence is None:
+            cadence = self._cadences[name] = Cadence(every)
+            self.attach(f"cadence/{name}", cadence)
+        cadence.every = every
+        return cadence
+
+    def start_clock(self) -> None:
+        """Training begins, or goes on."""
+        self._since = time.perf_counter()
+
+    def stop_clock(self) -> None:
+        """Training pauses."""
+        self._trained, self._since = self.elapsed, None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that going on bit for bit needs; no tensor in it is shared with what trains."""
+        rng = randomness.capture() if self.status == "running" else self.rng
+        of_attached = {name: part.state_dict() for name, part in self.attached.items()}
+        state = {
+            "objective": dict(self.objective.state_dict()),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "counters": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "samples": self.samples,
+                "batch_index": self.batch_index,
+                "elapsed": self.elapsed,
+                "seed": self.seed,
+            },
+            "values": self.values,
+            "history": self.history.rows,
+            "rng": rng,
+            "meter": self.meter.state_dict(),
+            "attached": {**self._waiting, **of_attached},
+        }
+        return _cloned(state)  # type: ignore[no-any-return]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave: the user builds the objects, the state fills them.
+
+        Raises:
+            CheckpointError: if it is of another objective or other optimizers; nothing is changed then.
+
+        """
+        own = self.objective.state_dict()
+        _check_fit(own, state["objective"], type(self.objective).__name__)
+        if set(state["optimizers"]) != set(self.optimizers):
+            raise CheckpointError(
+                f"the saved state has the optimizers {sorted(state['optimizers'])}, this Loop {sorted(self.optimizers)}"
+            )
+        state = _cloned(state)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.objective.load_state_dict(state["objective"])
+        counters = state["counters"]
+        self.epoch, self.step = counters["epoch"], counters["step"]
+        self.samples, self.batch_index = counters["samples"], counters["batch_index"]
+        self._trained, self.seed = counters["elapsed"], counters["seed"]
+        self.values, self.history.rows = state["values"], state["history"]
+        self.rng = state["rng"]
+        self.meter.load_state_dict(state["meter"])
+        self._waiting = dict(state["attached"])
+        for name, part in self.attached.items():
+            if name in self._waiting:
+                part.load_state_dict(self._waiting.pop(name))
+        self.last = None
+
+    def __repr__(self) -> str:
+        return f"LoopState({self.status}, epoch={self.epoch}, step={self.step}, {self.values})"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A hook's answer: end the run after this step."""
+
+    reason: str = "a callback said so"
+
+
+@dataclass(frozen=True, slots=True)
+class StopEpoch:
+    """A hook's answer: end the epoch after this step; it counts as completed, with the readings so far."""
+
+    reason: str = "a callback said so"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a fit ended.
+
+    Args:
+        status: "completed" (a limit was reached), "stopped" (a callback said so), "interrupted" (Ctrl-C).
+        reason: which limit, which callback and why, in words.
+        values: the last readings.
+        history: all readings.
+        state: the loop's state, live.
+
+    """
+
+    status: str
+    reason: str
+    values: dict[str, Any]
+    history: History
+    state: LoopState = field(repr=False)
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run ended by its own rules: completed, or stopped by a callback."""
+        return self.status in ("completed", "stopped")
+
+    def __str__(self) -> str:
+        return f"{self.history}\n{self._caption()}"
+
+    def _repr_html_(self) -> str:
+        return display.rich(self.history.rows, self._caption())
+
+    def _caption(self) -> str:
+        return f"{self.status} ({self.reason}) at epoch {self.state.epoch}, step {self.state.step}"
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _cloned(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_cloned(item) for item in value]
+    return value
+
+
+def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
+    missing, foreign = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    if missing or foreign:
+        raise CheckpointError(
+            f"the saved state is not of this {name}: "
+            + "; ".join(
+                f"{what} {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+                for what, names in (("it lacks", missing), ("this objective lacks", foreign))
+                if names
+            )
+        )
+    for key, value in own.items():
+        if isinstance(value, Tensor) and value.shape != saved[key].shape:
+            raise CheckpointError(
+                f"the saved state is not of this {name}: {key} is {tuple(saved[key].shape)} there, {tuple(value.shape)} here"
+            )
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf": JSON has no such numbers
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    return value.item() if isinstance(value, torch.Tensor) else value

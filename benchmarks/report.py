@@ -1,0 +1,84 @@
+"""From runs to tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from benchmarks.contenders import CONTENDERS
+from benchmarks.workloads import WORKLOADS, Workload
+
+Run = dict[str, Any]
+
+HEADER = ["contender", "µs/step", "ratio (min–max)", "CPU ratio", "final loss", "import s", "peak MiB"]
+
+
+def of_contenders(runs: Iterable[Run], workload: str) -> dict[str, dict[int, Run]]:
+    """Sort a workload's runs: contender → round → run."""
+    found: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run["workload"] == workload:
+            found.setdefault(run["contender"], {})[run["round"]] = run
+    return found
+
+
+def middle(by_round: dict[int, Run], key: str) -> float:
+    """Return the median over rounds."""
+    return median(run[key] for run in by_round.values())
+
+
+def reference(found: dict[str, dict[int, Run]]) -> str | None:
+    """Return the fastest of the tensor loops written by hand, by the median over rounds."""
+    tensors = [name for name in found if CONTENDERS[name].tensors]
+    return min(tensors, key=lambda name: middle(found[name], "us_per_step"), default=None)
+
+
+def ratios(by_round: dict[int, Run], against: dict[int, Run], key: str) -> list[float]:
+    """Return this contender's time over the reference's, round by round: what slows a whole round cancels out."""
+    return [run[key] / against[number][key] for number, run in by_round.items() if number in against]
+
+
+def disagreement(work: Workload, run: Run, against: Run) -> str:
+    """Say in what a run differs from the reference beyond the tolerance: not the same training, not the same cost."""
+    pairs = {"final loss": (run["final_loss"], against["final_loss"])}
+    pairs |= {name: (run["tracked"].get(name), value) for name, value in against["tracked"].items()}
+    for name, (ours, theirs) in pairs.items():
+        if ours is None:
+            return f"no {name}"
+        close = abs(ours - theirs) <= work.tolerance * theirs
+        if not close:  # written so that NaN differs
+            return f"differs: {name} {ours:.4f}"
+    return ""
+
+
+def rows(runs: list[Run], workload: str, versions: dict[str, str]) -> list[list[str]]:
+    """Make a workload's rows, fastest first."""
+    found = of_contenders(runs, workload)
+    against = found.get(reference(found) or "", {})
+    made: list[tuple[float, list[str]]] = []
+    for name, by_round in found.items():
+        run = next(iter(by_round.values()))
+        wall, cpu = (ratios(by_round, against, key) for key in ("us_per_step", "cpu_us_per_step"))
+        loss = f"{run['final_loss']:.4f}"
+        if against:
+            loss = f"{loss} {disagreement(WORKLOADS[workload], run, next(iter(against.values())))}".strip()
+        row = [
+            f"{CONTENDERS[name].title} {versions.get(name, '')}".strip(),
+            f"{middle(by_round, 'us_per_step'):.0f}",
+            f"{median(wall):.2f} ({min(wall):.2f}–{max(wall):.2f})" if wall else "–",
+            f"{median(cpu):.2f}" if cpu else "–",
+            loss,
+            f"{middle(by_round, 'import_seconds'):.2f}" if CONTENDERS[name].package else "–",
+            f"{middle(by_round, 'peak_mib'):.0f}",
+        ]
+        made.append((middle(by_round, "us_per_step"), row))
+    return [row for _, row in sorted(made)]
+
+
+def table(header: list[str], body: list[list[str]], *, markdown: bool) -> str:
+    """Lay out rows: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *body)) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        laid = [cells[0].ljust(widths[0]), *(cell.rjust(widths[i]) for i, cell in enumerate(cells) if i)]
