@@ -91,7 +91,7 @@ class Duration:
         if word not in UNITS:
             if word:
                 raise unknown(f"unit in {name}={value!r},", word, UNITS)
-            raise ConfigurationError(f"{name}={value!r} has no unit: say '{value.strip()} steps' or '... epochs'")
+            raise ConfigurationError(f"{name}={value!r} has no unit: say '{match['amount']} steps' or '... epochs'")
         try:
             amount = Fraction(match["amount"])
         except ValueError as error:

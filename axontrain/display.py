@@ -98,9 +98,7 @@ def curve_png(rows: Rows) -> bytes:
         axes = figure.add_subplot(down, across, place)
         for name in names:
             points = [
-                (row["step"], row[name])
-                for row in rows
-                if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
+                (row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
             ]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "", label=name)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from axontrain import callback, checkpoint, randomness
-from axontrain.callback import Callback, FunctionCallback, Hook, Hooks
+from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook, Hooks
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.clock import Duration, Every, Plan
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, to_device
-from axontrain.errors import AxonWarning, ConfigurationError, DataError, OptimizerError, kind_of, reject
+from axontrain.errors import AxonWarning, ConfigurationError, DataError, OptimizerError, kind_of, reject, unknown
 from axontrain.execution import modes
 from axontrain.execution.run import Interrupt, Run, clear_gradients, session, stream_of
 from axontrain.execution.steps import Runner, check_eval, runner
@@ -75,9 +75,9 @@ class Loop:
         strict: bool = True,
         progress: bool = True,
         directory: str | Path | None = None,
-        **unknown: Any,
+        **others: Any,
     ) -> None:
-        reject(unknown, Loop.__init__)
+        reject(others, Loop.__init__)
         for name, given in (("objective", objective), ("evaluate_with", evaluate_with)):
             if not isinstance(given, Objective) and not (given is None and name == "evaluate_with"):
                 raise ConfigurationError(
@@ -119,7 +119,7 @@ class Loop:
         batch_size: int = DEFAULT_BATCH_SIZE,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
-        **unknown: Any,
+        **others: Any,
     ) -> Result:
         """Train until the first of the limits is reached; a second fit trains that much more.
 
@@ -139,7 +139,7 @@ class Loop:
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
 
         """
-        reject(unknown, Loop.fit)
+        reject(others, Loop.fit)
         run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
         deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
         return run.result()
@@ -155,13 +155,13 @@ class Loop:
         batch_size: int = DEFAULT_BATCH_SIZE,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
-        **unknown: Any,
+        **others: Any,
     ) -> Iterator[Step]:
         """The same as ``fit``, step by step: ``for step in loop.steps(train, epochs=1): ...``.
 
         It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
         """
-        reject(unknown, Loop.steps)
+        reject(others, Loop.steps)
         run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
         return self._stepping(run)
 
@@ -363,7 +363,8 @@ class Loop:
         before: int | str | None = None,
     ) -> Callable[[Function], Function]:
         """Make a function a callback: ``@loop.on("after_batch", every=100)``. It takes the state, as any hook does."""
-        FunctionCallback(hook, lambda state: None)  # a wrong hook is an error here, not where the function is defined
+        if hook not in HOOKS:
+            raise unknown("hook", hook, HOOKS)
 
         def take(function: Function) -> Function:
             made = FunctionCallback(hook, function, every=every, first=first, after=after, before=before)
@@ -459,12 +460,8 @@ class Loop:
             algorithm.close()  # type: ignore[attr-defined]  # it is a generator
             randomness.restore(caller)
 
-    def _stream(
-        self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None
-    ) -> Stream:
-        return Stream(
-            data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device
-        )
+    def _stream(self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None) -> Stream:
+        return Stream(data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device)
 
     def _check_batch_size(self, batch_size: int, *streams: Stream) -> None:
         if batch_size != DEFAULT_BATCH_SIZE and all(stream.brings_batches for stream in streams):
@@ -520,9 +517,7 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
             raise ConfigurationError(f"time={time!r}: a time, as '10 min', or a number of seconds")
         seconds = float(duration.amount)
     if epochs is None and steps is None and seconds is None:
-        raise ConfigurationError(
-            "fit would never end: give it a limit, epochs=, steps= or time= (the first reached ends it)"
-        )
+        raise ConfigurationError("fit would never end: give it a limit, epochs=, steps= or time= (the first reached ends it)")
     if epochs == 0 or steps == 0 or seconds == 0:
         warnings.warn("this fit trains nothing: a limit is 0", AxonWarning, stacklevel=4)
     return Plan(epochs, steps, seconds)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class Objective(nn.Module):
 
     ``metrics`` names the criteria it is judged by (see :func:`axontrain.metrics.register`).
 
+    >>> import torch
     >>> class Line(Objective):
     ...     metrics = ["mae"]
     ...
@@ -59,7 +60,7 @@ class Objective(nn.Module):
     (torch.Size([4]), 4)
     """
 
-    metrics: ClassVar[Any] | Any = ()
+    metrics: Any = ()
 
     def predict(self, inputs: Any) -> Any:
         """Map a batch of inputs to predictions: ``(B, ...) -> (B, ...)`` in most objectives."""
@@ -136,6 +137,7 @@ class Supervised(Objective):
             becomes a part of the objective.
         metrics: see :attr:`Objective.metrics`.
 
+    >>> import torch
     >>> objective = Supervised(nn.Linear(4, 3), "cross_entropy", metrics=["accuracy"])
     >>> objective(torch.zeros(2, 4)).shape
     torch.Size([2, 3])
@@ -174,16 +176,12 @@ def total(terms: Mapping[str, Tensor], objective: nn.Module) -> Tensor:
     """Sum a mapping of loss terms, or say what else ``loss`` returned."""
     name = type(objective).__name__
     if not isinstance(terms, Mapping):
-        raise LossError(
-            f"{name}.loss returned {kind_of(terms)}; it returns a scalar tensor or a mapping of named terms"
-        )
+        raise LossError(f"{name}.loss returned {kind_of(terms)}; it returns a scalar tensor or a mapping of named terms")
     if not terms:
         raise LossError(f"{name}.loss returned an empty mapping; there is nothing to minimise")
     for key, term in terms.items():
         if key == "loss":
-            raise LossError(
-                f"{name}.loss returned a term named 'loss', which is the name of the sum: call it otherwise"
-            )
+            raise LossError(f"{name}.loss returned a term named 'loss', which is the name of the sum: call it otherwise")
         if not isinstance(term, Tensor) or term.numel() != 1:
             raise LossError(f"{name}.loss returned {kind_of(term)} as the term {key!r}; each term is a scalar tensor")
     return sum(term.reshape(()) for term in terms.values())  # type: ignore[return-value]  # not 0: there are terms
@@ -192,6 +190,7 @@ def total(terms: Mapping[str, Tensor], objective: nn.Module) -> Tensor:
 def batch_size(batch: Any) -> int:
     """The leading size of the first tensor (or array) in a batch; 1 where there is none.
 
+    >>> import torch
     >>> batch_size({"a": [torch.zeros(5, 2)], "b": torch.zeros(5)})
     5
     """

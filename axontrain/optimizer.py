@@ -146,8 +146,7 @@ def uncovered(module: nn.Module, taken: Mapping[str, Mapping[str, nn.Parameter]]
 def uncovered_error(names: Sequence[str]) -> OptimizerError:
     """The error that names parameters which would never be trained."""
     return OptimizerError(
-        f"no optimizer covers {_some(names)}: give an Optimizer for them, or freeze them by "
-        f"parameter.requires_grad_(False)"
+        f"no optimizer covers {_some(names)}: give an Optimizer for them, or freeze them by parameter.requires_grad_(False)"
     )
 
 
@@ -212,9 +211,7 @@ def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
     if not callable(factory):
         raise ConfigurationError(f"an optimizer is a name, a torch.optim class or a callable, not {kind_of(factory)}")
     if factory is getattr(torch.optim, "LBFGS", None):
-        raise ConfigurationError(
-            "LBFGS evaluates the loss several times an update, which one step of a Loop does not do"
-        )
+        raise ConfigurationError("LBFGS evaluates the loss several times an update, which one step of a Loop does not do")
     return factory  # type: ignore[no-any-return]
 
 
@@ -225,9 +222,7 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
     for option in options:
         if option not in accepted:
             where = "" if group is None else f" in groups[{_shown(group)}]"
-            raise unknown(
-                f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])]
-            )
+            raise unknown(f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])])
 
 
 OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "params", "on_nonfinite", "patience")

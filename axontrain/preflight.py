@@ -77,11 +77,9 @@ def preflight(
                 report.problems.append(f"the objective cannot be copied, so nothing more was looked at: {error}")
                 return report
             several = inspect.isgeneratorfunction(objective.train_step)
-            if _one_step(_copied(objective), batch, metrics, seed, several, report) and _covered(
-                objective, optimizers, report
-            ):
+            if _one_step(_copied(objective), batch, metrics, seed, several, report) and _covered(objective, optimizers, report):
                 if _falls(trained, optimizers, batch, seed, several, report):
-                    _survives(objective, trained, optimizers, batch, seed, several, report)
+                    _survives(objective, trained, optimizers, batch, seed, report)
         if batches.get("validation") is not None:
             _one_evaluation(objective, evaluate_with, batches["validation"], metrics, seed, report)
     return report
@@ -89,9 +87,7 @@ def preflight(
 
 def _first_batch(stream: Stream, seed: int, report: Report) -> Any:
     if stream.loader is None and iter(stream.data) is stream.data:
-        report.notes.append(
-            f"{stream.name} is an iterator, whose first batch can be read once only: it was not looked at"
-        )
+        report.notes.append(f"{stream.name} is an iterator, whose first batch can be read once only: it was not looked at")
         return None
     try:
         for batch in stream.batches(seed, 0):
@@ -102,9 +98,7 @@ def _first_batch(stream: Stream, seed: int, report: Report) -> Any:
     return None
 
 
-def _one_step(
-    objective: Objective, batch: Any, metrics: Mapping[str, Any], seed: int, several: bool, report: Report
-) -> bool:
+def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed: int, several: bool, report: Report) -> bool:
     report.notes.append(f"batch: {kind_of(batch)}")
     if several:
         report.notes.append("train_step is a generator: its losses are looked at in training only")
@@ -119,9 +113,7 @@ def _one_step(
     except Exception as error:
         report.problems.append(f"the first step fails: {_told(error)} {_dtypes(objective, batch)}".rstrip())
         return False
-    report.notes.append(
-        f"loss: {float(step.loss.detach()):.6g}, {kind_of(step.loss)}, the mean over {_weight(step)} items"
-    )
+    report.notes.append(f"loss: {float(step.loss.detach()):.6g}, {kind_of(step.loss)}, the mean over {_weight(step)} items")
     without = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if without:
         report.problems.append(
@@ -212,7 +204,6 @@ def _survives(
     optimizers: Mapping[str, Optimizer],
     batch: Any,
     seed: int,
-    several: bool,
     report: Report,
 ) -> None:
     """Save what was trained, fill a fresh copy from it, and compare what both do next."""

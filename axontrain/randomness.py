@@ -39,7 +39,7 @@ def capture() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "gauss": float(gauss),
         }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -26,7 +26,7 @@ def constant(*, warmup: float | str = 0.0) -> Schedule:
     >>> constant(warmup="10%")(0.05)
     0.5
     """
-    return _warmed(lambda progress: 1.0, warmup)
+    return _warmed(lambda _: 1.0, warmup)
 
 
 def linear(*, end: float = 0.0, warmup: float | str = 0.0) -> Schedule:

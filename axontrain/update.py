@@ -7,6 +7,7 @@ change is kept and put back by ``torch.where``.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -41,9 +42,7 @@ class Update:
     reading); ``optimizers`` are the torch optimizers.
     """
 
-    def __init__(
-        self, name: str, spec: Optimizer, parameters: Mapping[str, nn.Parameter], *, fused: bool = True
-    ) -> None:
+    def __init__(self, name: str, spec: Optimizer, parameters: Mapping[str, nn.Parameter], *, fused: bool = True) -> None:
         self.name, self.spec = name, spec
         self.parameters = dict(parameters)
         self.tensors = list(self.parameters.values())
@@ -59,6 +58,7 @@ class Update:
         self.clock: Clock | None = None
         self._pending: list[tuple[int, Tensor, Tensor, Mapping[str, Any]]] = []
         self._ones: dict[torch.device, Tensor] = {}
+        self._alike = (0, False)  # of so many gradients: whether one kernel can look through them all
         self._factor: Callable[[float], float] | None = None
         self._schedulers: list[LRScheduler] = []
         for optimizer in self.optimizers:
@@ -90,9 +90,7 @@ class Update:
         """
         gradients = [p.grad for p in self.tensors if p.grad is not None]
         if not gradients:
-            raise LossError(
-                f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them"
-            )
+            raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
         if self.spec.clip_norm is None:
             flag = self._not_finite(gradients, loss)
             if self.spec.clip_value is not None:
@@ -115,6 +113,11 @@ class Update:
         if len(self._pending) >= MOST_PENDING:
             self.read()
         return flag
+
+    def refresh(self) -> None:
+        """Get ready for a fit: look at what may have changed since the last."""
+        for guard in self._guards:
+            guard.refresh()
 
     def read(self) -> None:
         """Read which updates were skipped since the last reading; warn of them.
@@ -147,9 +150,7 @@ class Update:
                 f"{message}; {longest} in a row, patience={self.spec.patience}. The weights are those from before. Lower "
                 f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first."
             )
-        warnings.warn(
-            f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2
-        )
+        warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)
 
     def rescale(self, factor: float, minimum: float = 0.0) -> None:
         """Multiply the learning rate of every group from now on by ``factor``, down to ``minimum`` in the first group."""
@@ -183,9 +184,7 @@ class Update:
         """
         for key, own in (("optimizers", self.optimizers), ("schedulers", self._schedulers)):
             if len(state[key]) != len(own):
-                raise CheckpointError(
-                    f"the optimizer {self.name!r} has {len(own)} {key}, the saved one {len(state[key])}"
-                )
+                raise CheckpointError(f"the optimizer {self.name!r} has {len(own)} {key}, the saved one {len(state[key])}")
         for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
             self._load_part(optimizer, part)
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
@@ -200,12 +199,11 @@ class Update:
         return f"Update({self.name!r}, {self.spec!r}, {len(self.tensors)} parameters)"
 
     def _bind_schedule(self, schedule: Callable[..., Any]) -> None:
+        factor, cause = None, None
         try:
             factor = schedule(0.0)
         except Exception as error:
-            factor, cause = None, error
-        else:
-            cause = None
+            cause = repr(error)
         if isinstance(factor, (int, float)) or (isinstance(factor, Tensor) and factor.numel() == 1):
             self._factor = schedule
             return
@@ -214,13 +212,11 @@ class Update:
                 scheduler = schedule(optimizer)
             except Exception as error:
                 raise ConfigurationError(
-                    f"schedule={schedule!r} is neither a function of progress (called with 0.0: {cause!r}) nor a torch "
-                    f"scheduler factory (called with the optimizer: {error!r})"
+                    f"schedule={schedule!r} is neither a function of progress (called with 0.0: {cause or repr(factor)}) nor a "
+                    f"torch scheduler factory (called with the optimizer: {error!r})"
                 ) from error
             if isinstance(scheduler, ReduceLROnPlateau):
-                raise ConfigurationError(
-                    "torch's ReduceLROnPlateau waits for a reading, which no step has: use the callback ax.ReduceLROnPlateau"
-                )
+                raise ConfigurationError("torch's ReduceLROnPlateau waits for a reading: use the callback ax.ReduceLROnPlateau")
             if not isinstance(scheduler, LRScheduler):
                 raise ConfigurationError(f"schedule={schedule!r} gave {scheduler!r}, which is no torch scheduler")
             self._schedulers.append(scheduler)
@@ -232,10 +228,11 @@ class Update:
                 _set_rate(group, float(group["initial_lr"]) * factor)
 
     def _not_finite(self, gradients: list[Tensor], loss: Tensor) -> Tensor:
-        first = gradients[0]
-        if all(g.dtype is loss.dtype and g.device == loss.device and not g.is_sparse for g in gradients):
-            if not first.is_complex():
-                return self._checked([*gradients, loss])
+        if len(gradients) != self._alike[0]:
+            alike = all(g.dtype is loss.dtype and g.device == loss.device and not g.is_sparse for g in gradients)
+            self._alike = (len(gradients), alike and not gradients[0].is_complex())
+        if self._alike[1]:
+            return self._checked([*gradients, loss])
         flag = torch.zeros((), device=loss.device)
         for one in (*gradients, loss):
             values = one.coalesce().values() if one.is_sparse else one
@@ -261,9 +258,7 @@ class Update:
             _clamp(gradients, bound)
         dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
         norms = torch._foreach_norm(dense) if _on_one_device(dense) else [g.norm().to(loss.device) for g in dense]
-        norm = torch.linalg.vector_norm(
-            torch.stack([n.to(torch.float32) for n in norms] if _mixed(norms) else list(norms))
-        )
+        norm = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms] if _mixed(norms) else list(norms)))
         if flag is None:
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         # As torch's clip_grad_norm_: the small term keeps a zero norm from dividing by zero.
@@ -279,14 +274,9 @@ class Update:
         bad = [
             name
             for name, p in self.parameters.items()
-            if p.grad is not None
-            and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
+            if p.grad is not None and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
         ]
-        where = (
-            f"gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not"
-            if bad
-            else "all gradients are"
-        )
+        where = f"gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not" if bad else "all gradients are"
         return f"step {step}: {_terms(loss, terms)}; {where} finite; nothing was updated (on_nonfinite='raise')"
 
     def _part_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -336,6 +326,7 @@ class _Guard:
         self.kept: list[Tensor] = []
         self.live: list[Tensor] = []
         self.states = -1
+        self.plain: Callable[[], Any] = optimizer.step
         if fused and kind is torch.optim.SGD:
             # A skipped first step would leave the fused kernel's momentum buffers uninitialised.
             for group in optimizer.param_groups:
@@ -347,7 +338,7 @@ class _Guard:
         """Step, unless ``flag`` is above 0."""
         if self.fused:
             self.optimizer.found_inf = flag  # type: ignore[attr-defined]  # what torch's GradScaler sets
-            self.optimizer.step()
+            self.plain()
             return
         if not self.zeros and (self.states <= 0 or _has_numbers(self.optimizer)):
             # Its state begins as we cannot know, or lies on the host: read the flag, as torch's GradScaler always does.
@@ -367,6 +358,10 @@ class _Guard:
                 if id(tensor) not in known:
                     tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
             self.forget()
+
+    def refresh(self) -> None:
+        """A fit begins: hooks may have been put on the optimizer since."""
+        self.plain = _plain_step(self.optimizer)
 
     def forget(self) -> None:
         """Look up anew what the optimizer changes: its state was replaced."""
@@ -437,9 +432,9 @@ def _build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
         options.pop("lr")
     said = {"fused", "foreach", "capturable", "differentiable"} & set(options)
     attempts = [options]
-    if fused and isinstance(factory, type) and "fused" in accepted and not said and not options.get("dampening"):
-        if not any(p.is_complex() for p in tensors):
-            attempts.insert(0, {**options, "fused": True})
+    can_fuse = fused and isinstance(factory, type) and "fused" in accepted and not said
+    if can_fuse and not options.get("dampening") and not any(p.is_complex() for p in tensors):
+        attempts.insert(0, {**options, "fused": True})
     if "capturable" in accepted and not said and any(p.is_cuda for p in tensors):
         attempts[-1] = {**options, "capturable": True}  # keeps its step counts on the device
     for attempt in attempts:
@@ -452,13 +447,25 @@ def _build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
         except (TypeError, ValueError) as error:
             raise OptimizerError(
                 f"{getattr(factory, '__name__', factory)} cannot be made for {len(tensors)} parameters "
-                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}. Where it takes only some kinds of parameters, "
-                f"give the others a group: groups={{lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}}"
+                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}. Where it takes only some kinds of "
+                f"parameters, give the others a group: groups={{lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}}"
             ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(f"the optimizer factory {factory!r} returned {optimizer!r}, no torch.optim.Optimizer")
     is_fused = bool(optimizer.param_groups and all(group.get("fused") for group in optimizer.param_groups))
     return optimizer, is_fused
+
+
+def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """``optimizer.step`` without the annotation for profilers that torch wraps around it, half the time of a small step.
+
+    With hooks on the optimizer, or a scheduler that counts its steps, it is the step as it is.
+    """
+    step = type(optimizer).step
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if not getattr(step, "hooked", False) or "step" in vars(optimizer) or any(hooks):
+        return lambda: optimizer.step()
+    return functools.partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it
 
 
 def _accepted(factory: Any) -> set[str]:

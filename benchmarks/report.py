@@ -82,3 +82,15 @@ def table(header: list[str], body: list[list[str]], *, markdown: bool) -> str:
 
     def line(cells: list[str]) -> str:
         laid = [cells[0].ljust(widths[0]), *(cell.rjust(widths[i]) for i, cell in enumerate(cells) if i)]
+        return f"| {' | '.join(laid)} |" if markdown else "  ".join(laid)
+
+    rule = ["-" * (width - 1) + (":" if i and markdown else "-") for i, width in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, body)])
+
+
+def machine() -> str:
+    """Name the machine as far as it says."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {platform.system()}, Python {platform.python_version()}"

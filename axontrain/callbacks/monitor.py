@@ -37,9 +37,7 @@ class Monitor(Callback):
 
     """
 
-    def __init__(
-        self, monitor: str, *, patience: int, mode: str | None = None, min_delta: float = 0.0, **cadence: Any
-    ) -> None:
+    def __init__(self, monitor: str, *, patience: int, mode: str | None = None, min_delta: float = 0.0, **cadence: Any) -> None:
         super().__init__(**cadence)
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
             raise ConfigurationError(f"patience={patience!r}: a whole number of looks, 1 or more")
@@ -111,6 +109,4 @@ def better_of(monitor: str) -> str:
         return "min"
     if name.startswith(HIGHER_IS_BETTER) or name == "average_precision":
         return "max"
-    raise ConfigurationError(
-        f"monitor={monitor!r}: say mode='min' or mode='max', the name does not tell which is better"
-    )
+    raise ConfigurationError(f"monitor={monitor!r}: say mode='min' or mode='max', the name does not tell which is better")

@@ -37,10 +37,8 @@ class ArrayDataset:
             self.names = tuple(arrays[0])
             arrays = tuple(arrays[0].values())
         if not arrays:
-            raise DataError(
-                "ArrayDataset() needs an array: ArrayDataset(inputs, targets) or ArrayDataset({'x': inputs})"
-            )
-        labels = self.names or tuple(range(len(arrays)))
+            raise DataError("ArrayDataset() needs an array: ArrayDataset(inputs, targets) or ArrayDataset({'x': inputs})")
+        labels: tuple[str | int, ...] = self.names or tuple(range(len(arrays)))
         self.tensors = tuple(_tensor(array, label) for array, label in zip(arrays, labels, strict=True))
         sizes = {label: len(tensor) for label, tensor in zip(labels, self.tensors, strict=True)}
         if len(set(sizes.values())) > 1:
@@ -101,4 +99,5 @@ def _tensor(array: Any, label: str | int) -> Tensor:
             raise DataError(f"ArrayDataset: array {label!r} is {kind}, which is not numeric: {error}") from error
     if array.dim() == 0:
         raise DataError(f"ArrayDataset: array {label!r} is a single number; it has one row a sample")
-    return array.detach()
+    tensor: Tensor = array.detach()
+    return tensor

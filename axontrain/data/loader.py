@@ -101,7 +101,7 @@ class Loader:
                 rows = tuple(tensor[first:last].clone() for tensor in data.tensors)
             else:
                 rows = data._gathered(indices[first:last])
-            parts = zip(*(tensor.split(size) for tensor in rows), strict=True)
+            parts = zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
             if data.names is not None:
                 for part in parts:
                     yield dict(zip(data.names, part, strict=True))

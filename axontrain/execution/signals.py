@@ -24,7 +24,7 @@ def interruptible(ask: Callable[[], None]) -> Iterator[None]:
         return
     asked = False
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(_signal: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt

@@ -20,6 +20,8 @@ Runner = Callable[[Any], Step]
 def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None) -> Runner:
     """Choose how this objective is trained: by one loss, or by a generator of several."""
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
+    for optimizer in state.optimizers.values():
+        optimizer.refresh()
     if inspect.isgeneratorfunction(objective.train_step):
         return SeveralLosses(objective, state, after_backward)
     return OneLoss(objective, state, after_backward)
@@ -28,9 +30,7 @@ def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None)
 class OneLoss:
     """``train_step`` returns a Step: one backward, then every optimizer updates its parameters."""
 
-    def __init__(
-        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None
-    ) -> None:
+    def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
         self.updates = [optimizer.update for optimizer in state.optimizers.values()]
         self.buffers = BufferGuard(objective)
@@ -63,9 +63,7 @@ class OneLoss:
 class SeveralLosses:
     """``train_step`` is a generator: it yields ``(optimizer_name, loss)`` for each update."""
 
-    def __init__(
-        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None
-    ) -> None:
+    def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
         self.buffers = BufferGuard(objective)
 
@@ -122,9 +120,7 @@ class SeveralLosses:
             returned.loss = returned.loss.detach()
             returned.values = {**values, **returned.values}
             return returned
-        sum_of_losses = torch.stack(
-            [values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values]
-        )
+        sum_of_losses = torch.stack([values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values])
         return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
 
 
@@ -138,9 +134,7 @@ def check(step: Any, objective: Objective, what: str = "") -> None:
     """
     name = type(objective).__name__
     if not isinstance(step, Step):
-        raise ObjectiveError(
-            f"{name}.train_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)"
-        )
+        raise ObjectiveError(f"{name}.train_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)")
     loss, what = step.loss, what or f"{name}: the"
     check_scalar(loss, what)
     if not loss.requires_grad:
@@ -159,9 +153,7 @@ def check_eval(step: Any, objective: Objective) -> None:
     """The same for an evaluation step, whose loss needs no graph."""
     name = type(objective).__name__
     if not isinstance(step, Step):
-        raise ObjectiveError(
-            f"{name}.eval_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)"
-        )
+        raise ObjectiveError(f"{name}.eval_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)")
     check_scalar(step.loss, f"{name}: the")
 
 

@@ -232,9 +232,7 @@ class _Tally:
             except MetricError:
                 raise
             except Exception as error:
-                raise MetricError(
-                    f"the metric {self.name!r} does not take these predictions and targets: {error}"
-                ) from error
+                raise MetricError(f"the metric {self.name!r} does not take these predictions and targets: {error}") from error
 
 
 def _detached(value: Any) -> Any:

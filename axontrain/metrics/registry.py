@@ -483,9 +483,7 @@ def _check_tensors(name: str, predictions: object, targets: object) -> None:
             )
 
 
-def _arguments(
-    name: str, factory: Callable[..., Any], predictions: Any, targets: Any
-) -> tuple[dict[str, Any], Layout | None]:
+def _arguments(name: str, factory: Callable[..., Any], predictions: Any, targets: Any) -> tuple[dict[str, Any], Layout | None]:
     """Fill in what the factory asks for; the layout too, if it asked for any part of it."""
     parameters = _parameters(name, factory)
     empty = inspect.Parameter.empty
