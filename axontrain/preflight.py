@@ -29,7 +29,7 @@ from axontrain.update import Update
 FALL_STEPS = 50
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Report:
     """What a check found: ``ok`` if there is no problem; ``notes`` are what it saw, and what it could not look at."""
 
@@ -43,6 +43,9 @@ class Report:
 
     def __bool__(self) -> bool:
         return self.ok
+
+    def __repr__(self) -> str:
+        return f"<Report {self}>"
 
     def __str__(self) -> str:
         head = "check: ok" if self.ok else f"check: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"

@@ -274,7 +274,7 @@ class StopEpoch:
     reason: str = "a callback said so"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """How a fit ended.
 
@@ -300,6 +300,10 @@ class Result:
 
     def __str__(self) -> str:
         return f"{self.history}\n{self._caption()}"
+
+    def __repr__(self) -> str:
+        numbers = {name: value for name, value in self.values.items() if isinstance(value, (int, float))}
+        return f"Result({self._caption()}, values={numbers})"
 
     def _repr_html_(self) -> str:
         return display.rich(self.history.rows, self._caption())

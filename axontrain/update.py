@@ -395,8 +395,10 @@ class BufferGuard:
         self._kept: dict[tuple[nn.Module, str], Tensor] = {}
         self._changing = list(self._slots)  # all of them, until a first step has shown which
 
-    def __bool__(self) -> bool:
-        return bool(self._slots)
+    @classmethod
+    def of(cls, module: nn.Module) -> BufferGuard | None:
+        """A guard of the module's buffers; None if it has none."""
+        return cls(module) if any(True for _ in module.buffers()) else None
 
     def keep(self) -> None:
         """Before the forward pass."""

@@ -90,6 +90,8 @@ class ProgressBar(Callback):
         """Close the bar, with the last readings on it."""
         if self._bar is not None:
             self._draw(state)
+            if state.error is None:  # a run that stopped early is whole; a notebook paints what is not in red
+                self._bar.total = self._bar.n
             self._bar.close()
             self._bar = None
         elif self._told != state.step and state.step > self._first_step:

@@ -33,11 +33,11 @@ class OneLoss:
     def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
         self.updates = [optimizer.update for optimizer in state.optimizers.values()]
-        self.buffers = BufferGuard(objective)
+        self.buffers = BufferGuard.of(objective)
         self.checked = False
 
     def __call__(self, batch: Any) -> Step:
-        if self.buffers:
+        if self.buffers is not None:
             self.buffers.keep()
         step: Step = self.objective.train_step(batch)  # type: ignore[assignment]  # no generator: see runner
         if not self.checked:
@@ -55,7 +55,7 @@ class OneLoss:
         for update in self.updates:
             skipped = update(loss, step.values)
             step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
-        if self.buffers:
+        if self.buffers is not None:
             self.buffers.put_back(step.skipped)  # type: ignore[arg-type]  # there is at least one update
         return step
 
@@ -65,10 +65,10 @@ class SeveralLosses:
 
     def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
-        self.buffers = BufferGuard(objective)
+        self.buffers = BufferGuard.of(objective)
 
     def __call__(self, batch: Any) -> Step:
-        if self.buffers:
+        if self.buffers is not None:
             self.buffers.keep()
         losses: dict[str, list[Tensor]] = {}
         skipped: Tensor | None = None
@@ -91,7 +91,7 @@ class SeveralLosses:
                 losses.setdefault(name, []).append(value.detach())
         step = self._step(batch, losses, returned)
         step.skipped = skipped
-        if self.buffers and skipped is not None:
+        if self.buffers is not None and skipped is not None:
             self.buffers.put_back(skipped)
         return step
 
