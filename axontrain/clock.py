@@ -235,13 +235,20 @@ class Cadence:
             return clock.step // interval.amount.numerator
         return int(interval.measure(clock) // interval.amount)
 
+    def change(self, every: Every) -> None:
+        """Go by another Every from now on; what was counted in another interval says nothing any more."""
+        if str(every.interval) != str(self.every.interval):
+            self._multiple = None
+        self.every = every
+
     def state_dict(self) -> dict[str, Any]:
         """What has already been due."""
-        return {"multiple": self._multiple, "fired": self._fired}
+        return {"interval": str(self.every.interval), "multiple": self._multiple, "fired": self._fired}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self._multiple, self._fired = state["multiple"], state["fired"]
+        self._multiple = state["multiple"] if state["interval"] == str(self.every.interval) else None
+        self._fired = state["fired"]
 
 
 @dataclass(slots=True)

@@ -204,7 +204,7 @@ class Loop:
         if state.request is None and run.plan.over(state) is None and not run.epoch_is_over():
             if run.validate.due(state):
                 self._read_and_validate(run)
-            else:
+            elif perf_counter() >= run.next_reading:
                 state.read()
         run.look_ahead()
         return state.request is not None or run.plan.over(state) is not None
@@ -439,6 +439,8 @@ class Loop:
         state.epoch_length, state.plan, state.validates = length, plan, validating is not None
         callbacks = [*self.callbacks, ProgressBar()] if self.progress else self.callbacks
         self._attach_callbacks()
+        if validate is None:
+            raise ConfigurationError("validate=None: to validate never, leave the validation data out")
         cadence = state.cadence("validate", Every.parse(validate))
         cadence.start(state)
         hooks = Hooks(callbacks, state)

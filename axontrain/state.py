@@ -192,7 +192,7 @@ class LoopState:
         if cadence is None:
             cadence = self._cadences[name] = Cadence(every)
             self.attach(f"cadence/{name}", cadence)
-        cadence.every = every
+        cadence.change(every)
         return cadence
 
     def start_clock(self) -> None:

@@ -42,6 +42,7 @@ class Run:
     train_step: Runner
     next_step: float = 0
     next_time: float = 0.0
+    next_reading: float = 0.0
     status: str = "completed"
     reason: str = ""
     batch: Any = None
@@ -71,10 +72,13 @@ class Run:
         """Work out at which step and at what time the loop next has to look up; the batches between need no thought."""
         state, plan = self.state, self.plan
         self.next_step = min(plan.last_step, self.validate.next_step(state))
-        self.next_time = time.perf_counter() + READ_EVERY_SECONDS
+        now = time.perf_counter()
+        if now >= self.next_reading:
+            self.next_reading = now + READ_EVERY_SECONDS
+        self.next_time = self.next_reading
         if plan.seconds is not None:
             left = plan.start_elapsed + plan.seconds - state.elapsed
-            self.next_time = min(self.next_time, time.perf_counter() + max(0.0, left))
+            self.next_time = min(self.next_time, now + max(0.0, left))
 
     def result(self) -> Result:
         """How it ended."""

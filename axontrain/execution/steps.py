@@ -137,6 +137,8 @@ def check(step: Any, objective: Objective, what: str = "") -> None:
         raise ObjectiveError(f"{name}.train_step returned {kind_of(step)}; it returns an ax.Step (loss, predictions, ...)")
     loss, what = step.loss, what or f"{name}: the"
     check_scalar(loss, what)
+    if "loss" in step.values:
+        raise LossError(f"{name}: the Step's values have a 'loss', which is the name of its loss: call it otherwise")
     if not loss.requires_grad:
         raise LossError(
             f"{what} loss has no graph, so nothing can learn from it: it was computed from no trainable parameter, or under "
