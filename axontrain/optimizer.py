@@ -30,7 +30,8 @@ class Optimizer:
         schedule: a function of progress in 0..1 that gives a factor (:mod:`axontrain.schedules`), or a torch scheduler
             factory such as ``lambda optimizer: StepLR(optimizer, 10)``, stepped once a step. Which of the two it is, is
             found out by calling it with 0.0.
-        clip_norm: scale gradients down so that their norm over all parameters is at most this.
+        clip_norm: scale gradients down so that their norm over all parameters is at most this. A norm that is too large for
+            float32 (above about 1e19) counts as not finite.
         clip_value: clamp each gradient element to within ± this; before ``clip_norm`` where both are given.
         groups: ``{pattern or predicate: options}``. A pattern is a glob over parameter names (``"*.bias"``), a predicate
             takes ``(name, parameter)``. Options are the optimizer's own (``lr``, ``weight_decay``, ...); with
@@ -183,6 +184,41 @@ def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[
     return [part for part in found if part.groups]
 
 
+def build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
+    """Make a torch optimizer, fused where torch can and nothing was said otherwise; returns it and whether it is fused."""
+    factory, options = part.factory, dict(part.options)
+    groups = [{"params": list(parameters.values()), **own} for parameters, own in part.groups]
+    tensors = [p for group in groups for p in group["params"]]
+    accepted = _accepted(factory)
+    takes_lr = "lr" in accepted or "**" in accepted
+    if not takes_lr:
+        options.pop("lr")
+    said = {"fused", "foreach", "capturable", "differentiable"} & set(options)
+    attempts = [options]
+    can_fuse = fused and isinstance(factory, type) and "fused" in accepted and not said
+    if can_fuse and not options.get("dampening") and not any(p.is_complex() for p in tensors):
+        attempts.insert(0, {**options, "fused": True})
+    if "capturable" in accepted and not said and any(p.is_cuda for p in tensors):
+        attempts[-1] = {**options, "capturable": True}  # keeps its step counts on the device
+    for attempt in attempts:
+        try:
+            optimizer = factory(groups, **attempt)
+            break
+        except RuntimeError:  # fused on a device or dtype that has no such kernel
+            if attempt is attempts[-1]:
+                raise
+        except (TypeError, ValueError) as error:
+            raise OptimizerError(
+                f"{getattr(factory, '__name__', factory)} cannot be made for {len(tensors)} parameters "
+                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}. Where it takes only some kinds of "
+                f"parameters, give the others a group: groups={{lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}}"
+            ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigurationError(f"the optimizer factory {factory!r} returned {optimizer!r}, no torch.optim.Optimizer")
+    is_fused = bool(optimizer.param_groups and all(group.get("fused") for group in optimizer.param_groups))
+    return optimizer, is_fused
+
+
 MAIN = "main"
 _PARAMS_HINT = "Without params= an optimizer in a dict takes the submodule of its name."
 
@@ -265,3 +301,11 @@ def _number(name: str, value: Any, *, at_least: float | None = None, above: floa
     if above is not None and not number > above:
         raise ConfigurationError(f"{name}={value!r}: above {above:g}")
     return number
+
+
+def _accepted(factory: Any) -> set[str]:
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return {"**"}
+    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}

@@ -1,17 +1,13 @@
 """Update: one optimizer at work: clip, guard, step, schedule.
 
-The guard skips an update whose loss or gradients are not finite, on the device and without a host read. Fused optimizers
-do it by themselves when given ``found_inf``, as torch's GradScaler does; for the others everything that the update may
-change is kept and put back by ``torch.where``.
+What skips an update that is not finite is :mod:`axontrain.guard`; when that was is read here, and told.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +21,10 @@ from axontrain.errors import (
     LossError,
     NonFiniteError,
     NonFiniteWarning,
-    OptimizerError,
 )
-from axontrain.optimizer import Optimizer, Part, parts
+from axontrain.guard import Guard, on_one_device
+from axontrain.optimizer import Optimizer, build, parts
 
-# Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
-ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
 # Flags wait on the device until a reading; a loop that never reads reads here.
 MOST_PENDING = 1024
 
@@ -47,18 +41,19 @@ class Update:
         self.parameters = dict(parameters)
         self.tensors = list(self.parameters.values())
         self.optimizers: list[torch.optim.Optimizer] = []
-        self._guards: list[_Guard] = []
+        self._guards: list[Guard] = []
         for part in parts(spec, self.parameters):
-            optimizer, is_fused = _build(part, fused)
+            optimizer, is_fused = build(part, fused)
             self.optimizers.append(optimizer)
-            self._guards.append(_Guard(optimizer, is_fused))
+            self._guards.append(Guard(optimizer, is_fused))
         self.scale = 1.0
         self.skipped = 0
         self.in_a_row = 0
         self.clock: Clock | None = None
         self._pending: list[tuple[int, Tensor, Tensor, Mapping[str, Any]]] = []
         self._ones: dict[torch.device, Tensor] = {}
-        self._alike = (0, False)  # of so many gradients: whether one kernel can look through them all
+        # Of so many gradients: whether one kernel can look through them all, and whether any is sparse.
+        self._looked_at, self._alike, self._sparse = 0, False, False
         self._factor: Callable[[float], float] | None = None
         self._schedulers: list[LRScheduler] = []
         for optimizer in self.optimizers:
@@ -88,21 +83,34 @@ class Update:
             A scalar float tensor: above 0 if the update was skipped.
 
         """
+        if len(self._pending) >= MOST_PENDING:
+            self.read()
         gradients = [p.grad for p in self.tensors if p.grad is not None]
         if not gradients:
             raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
-        if self.spec.clip_norm is None:
+        if len(gradients) != self._looked_at:
+            self._look_at(gradients, loss)
+        if self._sparse:
+            gradients = self._coalesced()
+        spec, clock = self.spec, self.clock
+        norm = None
+        if spec.clip_norm is None or spec.clip_value is not None:  # clamping would hide an infinity: look before it
             flag = self._not_finite(gradients, loss)
-            if self.spec.clip_value is not None:
-                _clamp(gradients, self.spec.clip_value)
         else:
-            flag = self._clipped(gradients, loss)
-        clock = self.clock
+            norm = _norm(gradients, loss.device)
+            flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         step = clock.step + 1 if clock is not None else len(self._pending) + 1
+        if spec.on_nonfinite == "raise" and flag.item():
+            raise NonFiniteError(self._described(step, loss, terms))
+        if spec.clip_value is not None:
+            for gradient in gradients:
+                (gradient._values() if gradient.is_sparse else gradient).clamp_(-spec.clip_value, spec.clip_value)
+        if spec.clip_norm is not None:
+            norm = _norm(gradients, loss.device) if norm is None else norm
+            # As torch's clip_grad_norm_: the small term keeps a norm of zero from dividing by zero.
+            _scale(gradients, (spec.clip_norm / (norm + 1e-6)).clamp_max(1.0))
         if self._factor is not None and clock is not None:
             self._set_rates(self._factor(clock.progress))
-        if self.spec.on_nonfinite == "raise" and flag.item():
-            raise NonFiniteError(self._described(step, loss, terms))
         for guard in self._guards:
             guard.step(flag)
         for scheduler in self._schedulers:
@@ -110,41 +118,25 @@ class Update:
         for parameter in self.tensors:
             parameter.grad = None
         self._pending.append((step, flag, loss, terms))
-        if len(self._pending) >= MOST_PENDING:
-            self.read()
         return flag
-
-    def refresh(self) -> None:
-        """Get ready for a fit: look at what may have changed since the last."""
-        for guard in self._guards:
-            guard.refresh()
 
     def read(self) -> None:
         """Read which updates were skipped since the last reading; warn of them.
 
         Raises:
             NonFiniteError: after ``patience`` in a row.
-
         """
+        flags = self._flags()
         pending, self._pending = self._pending, []
-        if not pending:
+        skipped, self.in_a_row, longest = self._counted(flags)
+        self.skipped += skipped
+        if not skipped:
             return
-        flags = torch.stack([flag for _, flag, _, _ in pending]).tolist()
-        if not any(flags):
-            self.in_a_row = 0
-            return
-        left_out, longest = [], 0
-        for flag, (step, _, loss, terms) in zip(flags, pending, strict=True):
-            if flag:
-                self.in_a_row += 1
-                longest = max(longest, self.in_a_row)
-                left_out.append((step, loss, terms))
-            else:
-                self.in_a_row = 0
-        self.skipped += len(left_out)
-        told = "; ".join(f"step {step}: {_terms(loss, terms)}" for step, loss, terms in left_out[:4])
-        more = f"; ... step {left_out[-1][0]}" if len(left_out) > 4 else ""
-        message = f"{len(left_out)} updates of the optimizer {self.name!r} were skipped as not finite ({told}{more})"
+        left_out = [entry for flag, entry in zip(flags, pending, strict=True) if flag]
+        told = "; ".join(f"step {step}: {_terms(loss, terms)}" for step, _, loss, terms in left_out[:4])
+        more = f"; ... step {left_out[-1][0]}" if skipped > 4 else ""
+        many, were = ("1 update", "was") if skipped == 1 else (f"{skipped} updates", "were")
+        message = f"{many} of the optimizer {self.name!r} {were} skipped as not finite ({told}{more})"
         if longest >= self.spec.patience:
             raise NonFiniteError(
                 f"{message}; {longest} in a row, patience={self.spec.patience}. The weights are those from before. Lower "
@@ -167,12 +159,13 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
+        skipped, in_a_row, _ = self._counted(self._flags())
         return {
             "optimizers": [self._part_state(optimizer) for optimizer in self.optimizers],
             "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
             "scale": self.scale,
-            "skipped": self.skipped,
-            "in_a_row": self.in_a_row,
+            "skipped": self.skipped + skipped,
+            "in_a_row": in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,8 +181,7 @@ class Update:
         for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
             self._load_part(optimizer, part)
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
-            kept = {k: v for k, v in scheduler.state_dict().items() if k not in saved}
-            scheduler.load_state_dict({**kept, **_restored(saved, scheduler.state_dict())})
+            scheduler.load_state_dict(_restored(saved, scheduler.state_dict()))
         self.scale, self.skipped, self.in_a_row = state["scale"], state["skipped"], state["in_a_row"]
         self._pending = []
         for guard in self._guards:
@@ -227,15 +219,39 @@ class Update:
             for group in optimizer.param_groups:
                 _set_rate(group, float(group["initial_lr"]) * factor)
 
+    def _flags(self) -> list[float]:
+        return torch.stack([flag for _, flag, _, _ in self._pending]).tolist() if self._pending else []
+
+    def _counted(self, flags: list[float]) -> tuple[int, int, int]:
+        """How many were skipped, how many in a row up to now, and the most in a row."""
+        in_a_row, longest = self.in_a_row, 0
+        for flag in flags:
+            in_a_row = in_a_row + 1 if flag else 0
+            longest = max(longest, in_a_row)
+        return sum(map(bool, flags)), in_a_row, longest
+
+    def _look_at(self, gradients: list[Tensor], loss: Tensor) -> None:
+        self._looked_at = len(gradients)
+        self._sparse = any(g.is_sparse for g in gradients)
+        alike = all(g.dtype is loss.dtype and g.device == loss.device for g in gradients)
+        self._alike = alike and not self._sparse and not gradients[0].is_complex()
+        if self._sparse:
+            for guard in self._guards:
+                guard.unfuse()
+
+    def _coalesced(self) -> list[Tensor]:
+        # A sparse gradient may hold a row twice, to be added up: before that its norm and its bounds mean nothing.
+        for parameter in self.tensors:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+        return [p.grad for p in self.tensors if p.grad is not None]
+
     def _not_finite(self, gradients: list[Tensor], loss: Tensor) -> Tensor:
-        if len(gradients) != self._alike[0]:
-            alike = all(g.dtype is loss.dtype and g.device == loss.device and not g.is_sparse for g in gradients)
-            self._alike = (len(gradients), alike and not gradients[0].is_complex())
-        if self._alike[1]:
+        if self._alike:
             return self._checked([*gradients, loss])
         flag = torch.zeros((), device=loss.device)
         for one in (*gradients, loss):
-            values = one.coalesce().values() if one.is_sparse else one
+            values = one._values() if one.is_sparse else one
             flag = flag + (~torch.isfinite(values).all()).to(device=loss.device, dtype=flag.dtype)
         return flag.clamp_max(1.0)
 
@@ -249,35 +265,14 @@ class Update:
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
         return flag
 
-    def _clipped(self, gradients: list[Tensor], loss: Tensor) -> Tensor:
-        limit, bound = self.spec.clip_norm, self.spec.clip_value
-        assert limit is not None
-        flag = None
-        if bound is not None:
-            flag = self._not_finite(gradients, loss)  # clamping would hide an infinity
-            _clamp(gradients, bound)
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norms = torch._foreach_norm(dense) if _on_one_device(dense) else [g.norm().to(loss.device) for g in dense]
-        norm = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms] if _mixed(norms) else list(norms)))
-        if flag is None:
-            flag = (~torch.isfinite(norm + loss)).to(torch.float32)
-        # As torch's clip_grad_norm_: the small term keeps a zero norm from dividing by zero.
-        factor = (limit / (norm + 1e-6)).clamp_max(1.0)
-        if _on_one_device(gradients) and not any(g.is_sparse for g in gradients):
-            torch._foreach_mul_(gradients, factor)
-        else:
-            for gradient in gradients:
-                gradient.mul_(factor.to(gradient.device))
-        return flag
-
     def _described(self, step: int, loss: Tensor, terms: Mapping[str, Any]) -> str:
         bad = [
             name
             for name, p in self.parameters.items()
-            if p.grad is not None and not bool(torch.isfinite(p.grad.coalesce().values() if p.grad.is_sparse else p.grad).all())
+            if p.grad is not None and not bool(torch.isfinite(p.grad._values() if p.grad.is_sparse else p.grad).all())
         ]
-        where = f"gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not" if bad else "all gradients are"
-        return f"step {step}: {_terms(loss, terms)}; {where} finite; nothing was updated (on_nonfinite='raise')"
+        where = f"; gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not finite" if bad else ""
+        return f"step {step}: {_terms(loss, terms)}{where}; nothing was updated (on_nonfinite='raise')"
 
     def _part_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         names = {id(p): name for name, p in self.parameters.items()}
@@ -314,189 +309,20 @@ class Update:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-class _Guard:
-    """One torch optimizer, stepped so that a flag undoes the step on the device."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
-        self.optimizer, self.fused = optimizer, fused
-        kind = type(optimizer)
-        # SGD's dampening is left out of its first step, so a first step on zeros would not be the same.
-        damped = any(group.get("dampening", 0) for group in optimizer.param_groups)
-        self.zeros = kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not damped
-        self.kept: list[Tensor] = []
-        self.live: list[Tensor] = []
-        self.states = -1
-        self.plain: Callable[[], Any] = optimizer.step
-        if fused and kind is torch.optim.SGD:
-            # A skipped first step would leave the fused kernel's momentum buffers uninitialised.
-            for group in optimizer.param_groups:
-                if group["momentum"]:
-                    for p in group["params"]:
-                        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-
-    def step(self, flag: Tensor) -> None:
-        """Step, unless ``flag`` is above 0."""
-        if self.fused:
-            self.optimizer.found_inf = flag  # type: ignore[attr-defined]  # what torch's GradScaler sets
-            self.plain()
-            return
-        if not self.zeros and (self.states <= 0 or _has_numbers(self.optimizer)):
-            # Its state begins as we cannot know, or lies on the host: read the flag, as torch's GradScaler always does.
-            if not flag.item():
-                self.optimizer.step()
-            self.states = len(_states(self.optimizer))
-            return
-        self._keep()
-        self.optimizer.step()
-        skipped = flag > 0
-        for live, kept in zip(self.live, self.kept, strict=True):
-            live.copy_(torch.where(skipped.to(live.device), kept, live))
-        made = _states(self.optimizer)
-        if len(made) != self.states:
-            known = {id(tensor) for tensor in self.live}
-            for tensor in made:
-                if id(tensor) not in known:
-                    tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
-            self.forget()
-
-    def refresh(self) -> None:
-        """A fit begins: hooks may have been put on the optimizer since."""
-        self.plain = _plain_step(self.optimizer)
-
-    def forget(self) -> None:
-        """Look up anew what the optimizer changes: its state was replaced."""
-        self.live, self.kept, self.states = [], [], -1 if self.zeros else len(_states(self.optimizer))
-
-    def _keep(self) -> None:
-        if not self.live:
-            states = _states(self.optimizer)
-            self.states = len(states)
-            self.live = [p.data for group in self.optimizer.param_groups for p in group["params"]] + states
-            self.kept = [tensor.clone() for tensor in self.live]
-            return
-        if _mixed(self.live) or not _on_one_device(self.live):
-            for kept, live in zip(self.kept, self.live, strict=True):
-                kept.copy_(live)
-        else:
-            torch._foreach_copy_(self.kept, self.live)
+def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
+    """The norm over all gradients, without a host read."""
+    dense = [g._values() if g.is_sparse else g for g in gradients]
+    norms = torch._foreach_norm(dense) if on_one_device(dense) else [g.norm().to(device) for g in dense]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms]))
+    return norm
 
 
-class BufferGuard:
-    """Puts back the buffers of a module (BatchNorm's running means) after a skipped update.
-
-    Only buffers that steps were seen to change are kept: a large constant one costs nothing.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._slots = [
-            (owner, name) for owner in module.modules() for name, value in owner._buffers.items() if value is not None
-        ]
-        self._versions: list[int] = []
-        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
-        self._changing = list(self._slots)  # all of them, until a first step has shown which
-
-    @classmethod
-    def of(cls, module: nn.Module) -> BufferGuard | None:
-        """A guard of the module's buffers; None if it has none."""
-        return cls(module) if any(True for _ in module.buffers()) else None
-
-    def keep(self) -> None:
-        """Before the forward pass."""
-        self._kept = {slot: _buffer(slot).clone() for slot in self._changing}
-        self._versions = [_buffer(slot)._version for slot in self._slots]
-
-    def put_back(self, flag: Tensor) -> None:
-        """After the update: where it was skipped, the buffers are again what they were."""
-        changed = [s for s, version in zip(self._slots, self._versions, strict=True) if _buffer(s)._version != version]
-        skipped = flag > 0
-        with torch.no_grad():
-            for slot in changed:
-                if slot in self._kept:
-                    live = _buffer(slot)
-                    live.copy_(torch.where(skipped.to(live.device), self._kept[slot], live))
-        if len(self._changing) == len(self._slots):
-            self._changing = changed
-        else:
-            self._changing += [slot for slot in changed if slot not in self._kept]
-
-
-def _buffer(slot: tuple[nn.Module, str]) -> Tensor:
-    return slot[0]._buffers[slot[1]]  # type: ignore[return-value]  # a slot had a tensor
-
-
-def _build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
-    factory, options = part.factory, dict(part.options)
-    groups = [{"params": list(parameters.values()), **own} for parameters, own in part.groups]
-    tensors = [p for group in groups for p in group["params"]]
-    accepted = _accepted(factory)
-    takes_lr = "lr" in accepted or "**" in accepted
-    if not takes_lr:
-        options.pop("lr")
-    said = {"fused", "foreach", "capturable", "differentiable"} & set(options)
-    attempts = [options]
-    can_fuse = fused and isinstance(factory, type) and "fused" in accepted and not said
-    if can_fuse and not options.get("dampening") and not any(p.is_complex() for p in tensors):
-        attempts.insert(0, {**options, "fused": True})
-    if "capturable" in accepted and not said and any(p.is_cuda for p in tensors):
-        attempts[-1] = {**options, "capturable": True}  # keeps its step counts on the device
-    for attempt in attempts:
-        try:
-            optimizer = factory(groups, **attempt)
-            break
-        except RuntimeError:  # fused on a device or dtype that has no such kernel
-            if attempt is attempts[-1]:
-                raise
-        except (TypeError, ValueError) as error:
-            raise OptimizerError(
-                f"{getattr(factory, '__name__', factory)} cannot be made for {len(tensors)} parameters "
-                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}. Where it takes only some kinds of "
-                f"parameters, give the others a group: groups={{lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}}"
-            ) from error
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigurationError(f"the optimizer factory {factory!r} returned {optimizer!r}, no torch.optim.Optimizer")
-    is_fused = bool(optimizer.param_groups and all(group.get("fused") for group in optimizer.param_groups))
-    return optimizer, is_fused
-
-
-def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """``optimizer.step`` without the annotation for profilers that torch wraps around it, half the time of a small step.
-
-    With hooks on the optimizer, or a scheduler that counts its steps, it is the step as it is.
-    """
-    step = type(optimizer).step
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if not getattr(step, "hooked", False) or "step" in vars(optimizer) or any(hooks):
-        return lambda: optimizer.step()
-    return functools.partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it
-
-
-def _accepted(factory: Any) -> set[str]:
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return {"**"}
-    return {"**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters}
-
-
-def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-
-
-def _has_numbers(optimizer: torch.optim.Optimizer) -> bool:
-    return any(isinstance(value, (int, float)) for state in optimizer.state.values() for value in state.values())
-
-
-def _clamp(gradients: list[Tensor], bound: float) -> None:
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    if on_one_device(gradients) and not any(g.is_sparse for g in gradients):
+        torch._foreach_mul_(gradients, factor)
+        return
     for gradient in gradients:
-        (gradient._values() if gradient.is_sparse else gradient).clamp_(-bound, bound)
-
-
-def _on_one_device(tensors: list[Tensor]) -> bool:
-    return len({tensor.device for tensor in tensors}) == 1
-
-
-def _mixed(tensors: Iterable[Tensor]) -> bool:
-    return len({tensor.dtype for tensor in tensors}) > 1
+        gradient.mul_(factor.to(gradient.device))
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:
@@ -515,13 +341,13 @@ def _terms(loss: Tensor, terms: Mapping[str, Any]) -> str:
 def _savable(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_savable(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str, Tensor))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor, Mapping))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if _savable(item) or isinstance(item, Mapping)}
-    return list(value) if isinstance(value, tuple) else value
+        return {str(key): _plain(item) for key, item in value.items() if _savable(item)}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _like(value: Any, own: Any) -> Any:
@@ -530,12 +356,13 @@ def _like(value: Any, own: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _restored(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON has only text for keys; torch's schedulers count by integers (MultiStepLR.milestones).
-    out: dict[str, Any] = {}
-    for key, value in saved.items():
-        mine = own.get(key)
-        if isinstance(value, Mapping) and isinstance(mine, Mapping) and all(isinstance(k, int) for k in mine):
-            value = type(mine)({int(k): v for k, v in value.items()})  # type: ignore[call-arg]
-        out[key] = value
-    return out
+def _restored(saved: Any, own: Any) -> Any:
+    """What was saved, in the types of what is there, and with what of it could not be saved (functions)."""
+    if isinstance(saved, Mapping) and isinstance(own, Mapping):
+        # JSON has only text for keys; torch's schedulers count by integers (MultiStepLR.milestones).
+        if own and all(isinstance(key, int) for key in own):
+            return type(own)({int(key): value for key, value in saved.items()})  # type: ignore[call-arg]
+        return {**own, **{key: _restored(value, own.get(key)) for key, value in saved.items()}}
+    if isinstance(saved, list) and isinstance(own, (list, tuple)) and len(saved) == len(own):
+        return type(own)(_restored(a, b) for a, b in zip(saved, own, strict=True))
+    return saved

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.errors import LossError, ObjectiveError, kind_of, unknown
+from axontrain.errors import LossError, NonFiniteError, ObjectiveError, kind_of, unknown
+from axontrain.guard import BufferGuard
 from axontrain.objective import Objective, Step, total
 from axontrain.state import LoopState
-from axontrain.update import BufferGuard, Update
+from axontrain.update import Update
 
 Runner = Callable[[Any], Step]
 
@@ -20,8 +21,6 @@ Runner = Callable[[Any], Step]
 def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None) -> Runner:
     """Choose how this objective is trained: by one loss, or by a generator of several."""
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
-    for optimizer in state.optimizers.values():
-        optimizer.refresh()
     if inspect.isgeneratorfunction(objective.train_step):
         return SeveralLosses(objective, state, after_backward)
     return OneLoss(objective, state, after_backward)
@@ -52,9 +51,14 @@ class OneLoss:
         if self.after_backward is not None:
             self.after_backward(self.state)
         step.loss = loss = loss.detach()
-        for update in self.updates:
-            skipped = update(loss, step.values)
-            step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
+        try:
+            for update in self.updates:
+                skipped = update(loss, step.values)
+                step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
+        except NonFiniteError:
+            if self.buffers is not None:
+                self.buffers.put_back(torch.ones(()))
+            raise
         if self.buffers is not None:
             self.buffers.put_back(step.skipped)  # type: ignore[arg-type]  # there is at least one update
         return step
@@ -85,7 +89,12 @@ class SeveralLosses:
             loss.backward(inputs=[p for p in update.tensors if p.requires_grad])  # type: ignore[no-untyped-call]
             if self.after_backward is not None:
                 self.after_backward(self.state)
-            flag = update.update(loss.detach(), terms)
+            try:
+                flag = update.update(loss.detach(), terms)
+            except NonFiniteError:
+                if self.buffers is not None:
+                    self.buffers.put_back(torch.ones(()))
+                raise
             skipped = flag if skipped is None else torch.maximum(skipped, flag)
             for name, value in {f"{update.name}_loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value.detach())

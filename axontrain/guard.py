@@ -1,0 +1,177 @@
+"""Guard: a step of an optimizer, undone on the device where a flag says that it was not finite.
+
+Fused optimizers skip by themselves when given ``found_inf``, as torch's GradScaler does. For the others everything that the
+step may change is kept before, and put back by ``torch.where``. Neither reads the flag on the host.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+# Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
+ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
+# Buffers of so many elements cost less to keep than to ask about.
+SMALL_BUFFER = 4096
+
+
+class Guard:
+    """One torch optimizer, stepped so that a flag undoes the step on the device."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+        self.optimizer, self.fused = optimizer, fused
+        kind = type(optimizer)
+        # SGD's dampening is left out of its first step, so a first step on zeros would not be the same.
+        damped = any(group.get("dampening", 0) for group in optimizer.param_groups)
+        self.zeros = kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not damped
+        self.kept: list[Tensor] = []
+        self.live: list[Tensor] = []
+        self.states = -1
+        self.plain = _plain_step(optimizer)
+        if fused and kind is torch.optim.SGD:
+            # A skipped first step would leave the fused kernel's momentum buffers uninitialised.
+            for group in optimizer.param_groups:
+                if group["momentum"]:
+                    for p in group["params"]:
+                        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def step(self, flag: Tensor) -> None:
+        """Step, unless ``flag`` is above 0."""
+        if self.fused:
+            self.optimizer.found_inf = flag  # type: ignore[attr-defined]  # what torch's GradScaler sets
+            if _watched(self.optimizer):
+                self.optimizer.step()
+            else:
+                self.plain()
+            return
+        if not self.zeros and (self.states <= 0 or _has_numbers(self.optimizer)):
+            # Its state begins as we cannot know, or lies on the host: read the flag, as torch's GradScaler always does.
+            if not flag.item():
+                self.optimizer.step()
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of the order
+            self.states = len(_states(self.optimizer))
+            return
+        self._keep()
+        self.optimizer.step()
+        skipped = flag > 0
+        for live, kept in zip(self.live, self.kept, strict=True):
+            live.copy_(torch.where(skipped.to(live.device), kept, live))
+        made = _states(self.optimizer)
+        if len(made) != self.states:
+            known = {id(tensor) for tensor in self.live}
+            for tensor in made:
+                if id(tensor) not in known:
+                    tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
+            self.forget()
+
+    def unfuse(self) -> None:
+        """Go on without the fused kernel, which has no sparse gradients."""
+        if self.fused:
+            self.fused = False
+            for group in self.optimizer.param_groups:
+                group["fused"] = False
+
+    def forget(self) -> None:
+        """Look up anew what the optimizer changes: its state was replaced."""
+        self.live, self.kept, self.states = [], [], -1 if self.zeros else len(_states(self.optimizer))
+
+    def _keep(self) -> None:
+        if not self.live:
+            states = _states(self.optimizer)
+            self.states = len(states)
+            self.live = [p.data for group in self.optimizer.param_groups for p in group["params"]] + states
+            self.kept = [tensor.clone() for tensor in self.live]
+            return
+        if mixed(self.live) or not on_one_device(self.live):
+            for kept, live in zip(self.kept, self.live, strict=True):
+                kept.copy_(live)
+        else:
+            torch._foreach_copy_(self.kept, self.live)
+
+
+class BufferGuard:
+    """Puts back the buffers of a module (BatchNorm's running means) after a skipped update.
+
+    Large buffers that no step was seen to change, as a causal mask, are not kept: they cost nothing. Small ones and those of
+    normalisation layers always are, since torch's kernels change running means without counting a version.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept: dict[tuple[nn.Module, str], Tensor] = {}
+        self._always: list[tuple[nn.Module, str]] = []
+        self._watched: dict[tuple[nn.Module, str], int] = {}
+        for owner in module.modules():
+            for name, value in owner._buffers.items():
+                if value is None:
+                    continue
+                if isinstance(owner, _NormBase) or value.numel() <= SMALL_BUFFER:
+                    self._always.append((owner, name))
+                else:
+                    self._watched[(owner, name)] = -1  # unlike any version: kept before the first step
+
+    @classmethod
+    def of(cls, module: nn.Module) -> BufferGuard | None:
+        """A guard of the module's buffers; None if it has none."""
+        return cls(module) if any(True for _ in module.buffers()) else None
+
+    def keep(self) -> None:
+        """Before the forward pass."""
+        changing = [slot for slot, version in self._watched.items() if _buffer(slot)._version != version]
+        self._kept = {slot: _buffer(slot).clone() for slot in (*self._always, *changing)}
+        self._watched = {slot: _buffer(slot)._version for slot in self._watched}
+
+    def put_back(self, flag: Tensor) -> None:
+        """After the update: where it was skipped, the buffers are again what they were."""
+        skipped = flag > 0
+        with torch.no_grad():
+            for slot, kept in self._kept.items():
+                live = _buffer(slot)
+                if slot not in self._watched or live._version != self._watched[slot]:
+                    live.copy_(torch.where(skipped.to(live.device), kept, live))
+
+
+def _buffer(slot: tuple[nn.Module, str]) -> Tensor:
+    return slot[0]._buffers[slot[1]]  # type: ignore[return-value]  # a slot had a tensor
+
+
+def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """``optimizer.step`` without the annotation for profilers that torch wraps around it, half the time of a small step."""
+    step = type(optimizer).step
+    if not getattr(step, "hooked", False):
+        return optimizer.step
+    return functools.partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it
+
+
+def _watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether somebody wants to know of its steps: hooks on it or on all optimizers, or a scheduler that counts them."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or "step" in vars(optimizer)
+    )
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _has_numbers(optimizer: torch.optim.Optimizer) -> bool:
+    return any(isinstance(value, (int, float)) for state in optimizer.state.values() for value in state.values())
+
+
+def on_one_device(tensors: list[Tensor]) -> bool:
+    """Whether one kernel can run over all of them."""
+    return len({tensor.device for tensor in tensors}) == 1
+
+
+def mixed(tensors: Iterable[Tensor]) -> bool:
+    """Whether their dtypes differ."""
+    return len({tensor.dtype for tensor in tensors}) > 1
