@@ -47,6 +47,7 @@ class Update:
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
         self.scale = 1.0
+        self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
         self.skipped = 0
         self.in_a_row = 0
         self.clock: Clock | None = None
@@ -56,9 +57,8 @@ class Update:
         self._looked_at, self._alike, self._sparse = 0, False, False
         self._factor: Callable[[float], float] | None = None
         self._schedulers: list[LRScheduler] = []
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
+        for group in self._groups():
+            group.setdefault("initial_lr", group["lr"])
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
 
@@ -113,8 +113,8 @@ class Update:
             self._set_rates(self._factor(clock.progress))
         for guard in self._guards:
             guard.step(flag)
-        for scheduler in self._schedulers:
-            scheduler.step()
+        if self._schedulers:
+            self._step_schedulers()
         for parameter in self.tensors:
             parameter.grad = None
         self._pending.append((step, flag, loss, terms))
@@ -150,12 +150,11 @@ class Update:
         factor = max(factor, minimum / (base * self.scale)) if base * self.scale > 0 else factor
         if factor >= 1:
             return
+        if self._schedulers and self.scale == 1:
+            self._unscaled = [float(group["lr"]) for group in self._groups()]
         self.scale *= factor
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                _set_rate(group, float(group["lr"]) * factor)
-        for scheduler in self._schedulers:
-            scheduler.base_lrs = [base * factor for base in scheduler.base_lrs]
+        for group in self._groups():
+            _set_rate(group, float(group["lr"]) * factor)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
@@ -164,6 +163,7 @@ class Update:
             "optimizers": [self._part_state(optimizer) for optimizer in self.optimizers],
             "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
             "scale": self.scale,
+            "unscaled": list(self._unscaled),
             "skipped": self.skipped + skipped,
             "in_a_row": in_a_row,
         }
@@ -182,7 +182,8 @@ class Update:
             self._load_part(optimizer, part)
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(_restored(saved, scheduler.state_dict()))
-        self.scale, self.skipped, self.in_a_row = state["scale"], state["skipped"], state["in_a_row"]
+        self.scale, self._unscaled = state["scale"], list(state["unscaled"])
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self._pending = []
         for guard in self._guards:
             guard.forget()
@@ -213,11 +214,25 @@ class Update:
                 raise ConfigurationError(f"schedule={schedule!r} gave {scheduler!r}, which is no torch scheduler")
             self._schedulers.append(scheduler)
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def _set_rates(self, factor: float) -> None:
         factor = float(factor) * self.scale
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                _set_rate(group, float(group["initial_lr"]) * factor)
+        for group in self._groups():
+            _set_rate(group, float(group["initial_lr"]) * factor)
+
+    def _step_schedulers(self) -> None:
+        # Some of torch's schedulers go on from the present rate, some from the base: each sees the rate that it has set.
+        if self.scale != 1:
+            for group, rate in zip(self._groups(), self._unscaled, strict=True):
+                _set_rate(group, rate)
+        for scheduler in self._schedulers:
+            scheduler.step()
+        if self.scale != 1:
+            self._unscaled = [float(group["lr"]) for group in self._groups()]
+            for group, rate in zip(self._groups(), self._unscaled, strict=True):
+                _set_rate(group, rate * self.scale)
 
     def _flags(self) -> list[float]:
         return torch.stack([flag for _, flag, _, _ in self._pending]).tolist() if self._pending else []
