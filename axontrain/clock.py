@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import datetime
 import math
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
 
-from axontrain.errors import ConfigurationError, unknown
+from axontrain.errors import ConfigurationError, unknown, whole
 
 SECONDS = {
     **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
@@ -79,8 +80,8 @@ class Duration:
             return value
         if isinstance(value, datetime.timedelta):
             return cls._checked(Fraction(value.total_seconds()), "seconds", value, name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls._checked(Fraction(value), "steps", value, name)
+        if hasattr(value, "__index__") and not isinstance(value, bool):
+            return cls._checked(Fraction(operator.index(value)), "steps", value, name)
         match = _PATTERN.fullmatch(value) if isinstance(value, str) else None
         if match is None:
             raise ConfigurationError(
@@ -151,29 +152,28 @@ class Every:
         first: int | None = None,
         after: int | str | None = None,
         before: int | str | None = None,
+        name: str = "every",
     ) -> None:
         self.predicate: Callable[[Any], bool] | None = None
         self.interval: Duration | None = None
         if callable(interval):
             self.predicate = interval
         elif interval is not None:
-            self.interval = Duration.parse(interval, "every")
+            self.interval = Duration.parse(interval, name)
             if self.interval.amount == 0:
-                raise ConfigurationError(f"every={interval!r} is never due: an interval is above 0")
-        if first is not None and (isinstance(first, bool) or not isinstance(first, int) or first < 1):
-            raise ConfigurationError(f"first={first!r}: a whole number of times, 1 or more")
-        self.first = first
+                raise ConfigurationError(f"{name}={interval!r} is never due: an interval is above 0")
+        self.first = None if first is None else whole("first", first, what="of times")
         self.after = None if after is None else Duration.parse(after, "after")
         self.before = None if before is None else Duration.parse(before, "before")
 
     @classmethod
-    def parse(cls, value: Every | int | str | Callable[[Any], bool] | None, **bounds: Any) -> Every:
-        """Make an Every of whatever the ``every=`` of a callback takes."""
+    def parse(cls, value: Every | int | str | Callable[[Any], bool] | None, name: str = "every", **bounds: Any) -> Every:
+        """Make an Every of whatever the ``every=`` of a callback takes; ``name`` is what an error calls it."""
         if isinstance(value, Every):
             if any(bound is not None for bound in bounds.values()):
                 raise ConfigurationError("give first=, after= and before= to the Every, or beside it: not both")
             return value
-        return cls(value, **bounds)
+        return cls(value, name=name, **bounds)
 
     def __repr__(self) -> str:
         what = self.predicate if self.predicate is not None else None if self.interval is None else str(self.interval)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
@@ -110,6 +111,24 @@ def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> Un
     near = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     offer = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UnknownNameError(f"unknown {kind} {name!r}: {offer}Known: {', '.join(names)}.{' ' + hint if hint else ''}")
+
+
+def whole(name: str, value: object, least: int = 1, what: str = "") -> int:
+    """Return ``value`` as an int, if it is a whole number (of Python's or NumPy's) of at least ``least``.
+
+    >>> whole("epochs", 2)
+    2
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # raises for what is no integer
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ConfigurationError(f"{name}={value!r}: a whole number{' ' if what else ''}{what}, {least} or more")
+    return number
 
 
 def reject(unknown_options: Mapping[str, object], function: Callable[..., object]) -> None:

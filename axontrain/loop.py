@@ -15,14 +15,13 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from axontrain import callback, checkpoint, randomness
 from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook, Hooks
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.clock import Duration, Every, Plan
-from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, to_device
-from axontrain.errors import AxonWarning, ConfigurationError, DataError, OptimizerError, kind_of, reject, unknown
+from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, joined, to_device
+from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
 from axontrain.execution.run import Interrupt, Run, clear_gradients, session, stream_of
 from axontrain.execution.steps import Runner, check_eval, runner
@@ -173,7 +172,7 @@ class Loop:
             while run.goes_on():
                 if run.hooks.before_epoch is not None:
                     run.hooks.before_epoch(state)
-                for batch in run.batches():
+                for batch in run.batches() if state.request is None else ():
                     run.batch = batch
                     if before_batch is not None:
                         before_batch(state)
@@ -188,12 +187,14 @@ class Loop:
                     if after_batch is not None:
                         after_batch(state)
                     yield step
+                    run.batch = None
                     if state.step >= run.next_step or perf_counter() >= run.next_time or state.request is not None:
                         if self._look_up(run):
                             break
                 else:
-                    self._end_epoch(run, exhausted=True)
-                    continue
+                    if state.request is None:
+                        self._end_epoch(run, exhausted=True)
+                        continue
                 if run.epoch_is_over() or isinstance(state.request, StopEpoch):
                     self._end_epoch(run)
             self._end_fit(run)
@@ -201,7 +202,7 @@ class Loop:
     def _look_up(self, run: Run) -> bool:
         """Validate or read, where due; whether the pass over the data ends here."""
         state = run.state
-        if state.request is None and run.plan.over(state) is None and not run.epoch_is_over():
+        if state.request is None and not run.epoch_is_over():  # else the epoch's end does it
             if run.validate.due(state):
                 self._read_and_validate(run)
             elif perf_counter() >= run.next_reading:
@@ -234,7 +235,8 @@ class Loop:
         if validate and run.validation is not None:
             if run.hooks.before_evaluate is not None:
                 run.hooks.before_evaluate(state)
-            found = self._evaluate(run.validation, state)
+            found = self._evaluate(run.validation, run)
+            run.validated = True
             if not isinstance(state.request, Interrupt):
                 readings |= {f"val/{name}": value for name, value in found.items()}
         state.values.update(readings)
@@ -252,7 +254,7 @@ class Loop:
             if readings:
                 state.history.add(state.step, state.epoch, readings)
         trained = state.step - run.plan.start_step
-        if run.validation is not None and trained and run.status == "completed" and "val/loss" not in state.values:
+        if run.validation is not None and trained and run.status == "completed" and not run.validated:
             warnings.warn(
                 f"the validation data was never used: the run ended after {trained} steps, before "
                 f"{run.validate.every!r} was due; pass validate= a shorter interval, as in validate=100",
@@ -271,18 +273,22 @@ class Loop:
         self._check_batch_size(batch_size, stream)
         return self._evaluate(stream)
 
-    def _evaluate(self, stream: Stream, state: LoopState | None = None) -> dict[str, Any]:
+    def _evaluate(self, stream: Stream, run: Run | None = None) -> dict[str, Any]:
         objective = self.objective if self.evaluate_with is None else self.evaluate_with
         meter = Meter(self._eval_metrics)
         with self._evaluating(objective):
             for index, batch in enumerate(stream.batches(self.state.seed, 0)):
+                if run is not None:
+                    run.batch = batch
                 step = objective.eval_step(batch)
                 if index == 0:
                     check_eval(step, objective)
                 step.loss = step.loss.detach()
                 meter.record(step)
-                if state is not None and isinstance(state.request, Interrupt):
-                    return {}
+                if run is not None:
+                    run.batch = None
+                    if isinstance(run.state.request, Interrupt):
+                        return {}
         if not len(meter):
             raise stream.empty()
         return meter.read()
@@ -305,17 +311,27 @@ class Loop:
         self._check_batch_size(batch_size, batches)
         predictions = self._predicting(batches)
         if stream:
-            return predictions
-        return _joined([_to_cpu(prediction) for prediction in predictions])
+            return (prediction for prediction, _ in predictions)
+        cpu = torch.device("cpu")
+        return joined([(to_device(prediction, cpu), size) for prediction, size in predictions])
 
-    def _predicting(self, stream: Stream) -> Iterator[Any]:
-        empty = True
-        for batch in stream.batches(self.state.seed, 0):
-            empty = False
+    def _predicting(self, stream: Stream) -> Iterator[tuple[Any, int]]:
+        """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
+        rng = None
+        batches: Iterator[Any] | None = None
+        while True:
             with self._evaluating(self.objective):
+                if rng is not None:
+                    randomness.restore(rng)
+                if batches is None:
+                    batches = iter(stream.batches(self.state.seed, 0))
+                batch = next(batches, END)
+                if batch is END:
+                    break
                 prediction = self.objective.predict(self.objective.split(batch)[0])
-            yield prediction
-        if empty:
+                size, rng = size_of(batch), randomness.capture()
+            yield prediction, size
+        if rng is None:
             raise stream.empty()
 
     @contextlib.contextmanager
@@ -404,7 +420,9 @@ class Loop:
         if validation is not None:
             streams["validation"] = self._stream(validation, "validation", batch_size)
         self._check_batch_size(batch_size, *streams.values())
-        return preflight(self.objective, self.evaluate_with, self.optimizers, self.metrics, streams, self.state.seed)
+        return preflight(
+            self.objective, self.evaluate_with, self.optimizers, self.metrics, self._eval_metrics, streams, self.state.seed
+        )
 
     def __repr__(self) -> str:
         return f"Loop({type(self.objective).__name__}, {self.optimizers or None}, {self.state!r})"
@@ -430,18 +448,21 @@ class Loop:
             state.batch_index = 0  # other batches than those that the epoch had begun with: it begins anew
         plan = _plan(epochs, steps, time)
         plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
+        for one in (stream, validating):
+            if one is not None and one.length == 0:
+                raise one.empty()
         length = stream.length
-        if length == 0:
-            raise stream.empty()
         if length is not None and state.batch_index >= length:
             state.batch_index = 0
         plan.start_index = state.batch_index
+        if state.batch_index == 0:
+            state.meter.reset()
         state.epoch_length, state.plan, state.validates = length, plan, validating is not None
         callbacks = [*self.callbacks, ProgressBar()] if self.progress else self.callbacks
         self._attach_callbacks()
         if validate is None:
             raise ConfigurationError("validate=None: to validate never, leave the validation data out")
-        cadence = state.cadence("validate", Every.parse(validate))
+        cadence = state.cadence("validate", Every.parse(validate, "validate"))
         cadence.start(state)
         hooks = Hooks(callbacks, state)
         self._last_stream = stream
@@ -449,15 +470,18 @@ class Loop:
 
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
+        state, algorithm = run.state, self._algorithm(run)
         caller = randomness.capture()
-        algorithm = self._algorithm(run)
         try:
             for step in algorithm:
-                inside = randomness.capture()
+                state.rng, state.drawing = randomness.capture(), False
                 randomness.restore(caller)
-                yield step
-                caller = randomness.capture()
-                randomness.restore(inside)
+                try:
+                    yield step
+                finally:
+                    caller = randomness.capture()
+                    randomness.restore(state.rng)
+                    state.drawing = True
         finally:
             algorithm.close()  # type: ignore[attr-defined]  # it is a generator
             randomness.restore(caller)
@@ -508,9 +532,8 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
-    for name, value in (("epochs", epochs), ("steps", steps)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigurationError(f"{name}={value!r}: a whole number, 0 or more")
+    epochs = None if epochs is None else whole("epochs", epochs, 0)
+    steps = None if steps is None else whole("steps", steps, 0)
     seconds = None
     if time is not None:
         number = isinstance(time, (int, float)) and not isinstance(time, bool)
@@ -525,21 +548,4 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
     return Plan(epochs, steps, seconds)
 
 
-def _to_cpu(value: Any) -> Any:
-    return to_device(value, torch.device("cpu")) if not isinstance(value, Tensor) else value.cpu()
-
-
-def _joined(parts: list[Any]) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor):
-        if any(part.shape[1:] != first.shape[1:] for part in parts):
-            raise DataError(
-                "the predictions of different batches differ in shape, so they cannot be put together: "
-                "use predict(..., stream=True), which gives them batch by batch"
-            )
-        return torch.cat(parts) if first.dim() else torch.stack(parts)
-    if isinstance(first, Mapping):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_joined([part[index] for part in parts]) for index in range(len(first)))
-    return parts
+END = object()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown
+from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown, whole
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Selection = str | Predicate
@@ -78,9 +78,7 @@ class Optimizer:
         if on_nonfinite not in ("skip", "raise"):
             raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ConfigurationError(f"patience={patience!r}: a whole number of updates, 1 or more")
-        self.patience = patience
+        self.patience = whole("patience", patience, what="of updates")
         if schedule is not None and not callable(schedule):
             raise ConfigurationError(f"schedule={schedule!r}: a function of progress, or a torch scheduler factory")
         self.kwargs = kwargs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import html
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,7 @@ def preflight(
     evaluate_with: Objective | None,
     optimizers: Mapping[str, Optimizer],
     metrics: Mapping[str, Any],
+    eval_metrics: Mapping[str, Any],
     streams: Mapping[str, Stream],
     seed: int,
 ) -> Report:
@@ -70,7 +72,7 @@ def preflight(
     and restored. The caller's objects and random generators stay bit for bit as they were.
     """
     report = Report()
-    with randomness.kept():
+    with randomness.kept(), _own_generators_kept(streams):
         batches = {name: _first_batch(stream, seed, report) for name, stream in streams.items()}
         batch = batches["train"]
         if batch is not None:
@@ -84,7 +86,7 @@ def preflight(
                 if _falls(trained, optimizers, batch, seed, several, report):
                     _survives(objective, trained, optimizers, batch, seed, report)
         if batches.get("validation") is not None:
-            _one_evaluation(objective, evaluate_with, batches["validation"], metrics, seed, report)
+            _one_evaluation(objective, evaluate_with, batches["validation"], eval_metrics, seed, report)
     return report
 
 
@@ -108,9 +110,11 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
         return True
     try:
         with modes.training(objective), randomness.seeded(seed):
-            inputs = objective.split(batch)[0]
-            report.notes.append(f"predict({kind_of(inputs)}) -> {kind_of(objective.predict(inputs))}")
-            step: Any = objective.train_step(batch)
+            if overridden(objective, "predict"):
+                inputs = objective.split(_fresh(batch))[0]
+                told = kind_of(inputs)
+                report.notes.append(f"predict({told}) -> {kind_of(objective.predict(inputs))}")
+            step: Any = objective.train_step(_fresh(batch))
             check(step, objective)
             step.loss.backward()
     except Exception as error:
@@ -179,7 +183,7 @@ def _falls(
             warnings.simplefilter("ignore", NonFiniteWarning)
             for _ in range(FALL_STEPS):
                 with randomness.seeded(seed):  # the same noise each time: what is left is what was learnt
-                    losses.append(train_step(batch).loss)
+                    losses.append(train_step(_fresh(batch)).loss)
     except Exception as error:
         report.problems.append(f"training on one batch fails at step {len(losses) + 1}: {_told(error)}")
         return False
@@ -213,7 +217,7 @@ def _survives(
     try:
         state, step_on = _trainer(trained, optimizers, seed)
         with modes.training(trained), randomness.seeded(seed):
-            step_on(batch)  # so that the optimizers have a state
+            step_on(_fresh(batch))  # so that the optimizers have a state
         text, tensors = encode(state.state_dict())
         fresh = _copied(objective)
         other, step_other = _trainer(fresh, optimizers, seed)
@@ -222,7 +226,7 @@ def _survives(
         results = []
         for one, train_step in ((trained, step_on), (fresh, step_other)):
             with modes.training(one), randomness.seeded(seed):
-                loss = train_step(batch).loss
+                loss = train_step(_fresh(batch)).loss
             results.append([loss.detach(), *(p.detach() for p in one.parameters())])
         same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
     except Exception as error:
@@ -253,6 +257,29 @@ def _trainer(objective: Objective, optimizers: Mapping[str, Optimizer], seed: in
     return state, runner(state, None)
 
 
+@contextlib.contextmanager
+def _own_generators_kept(streams: Mapping[str, Stream]) -> Iterator[None]:
+    # A torch DataLoader may draw its order from a generator of its own.
+    owners = [part for s in streams.values() for part in (s.data, getattr(s.data, "sampler", None))]
+    generators = [g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def overridden(objective: Objective, method: str) -> bool:
+    """Whether an objective has a method of its own."""
+    return getattr(type(objective), method) is not getattr(Objective, method)
+
+
+def _fresh(batch: Any) -> Any:
+    # What an objective does to a batch in place is not to reach the user's, nor the next step here.
+    return copy.deepcopy(batch)
+
+
 def _copied(objective: Objective) -> Objective:
     copied = copy.deepcopy(objective)
     clear_gradients(copied)
@@ -261,7 +288,7 @@ def _copied(objective: Objective) -> Objective:
 
 def _evaluated(objective: Objective, batch: Any, seed: int) -> Step:
     with modes.evaluation(objective), randomness.seeded(seed), torch.no_grad():
-        step = objective.eval_step(batch)
+        step = objective.eval_step(_fresh(batch))
         check_eval(step, objective)
     return step
 

@@ -134,7 +134,8 @@ class LoopState:
         self.plan: Plan | None = None
         self.epoch_length: int | None = None
         self.meter = train_meter
-        self.rng: dict[str, Any] | None = None
+        self.rng: dict[str, Any] | None = None  # the run's own random stream, and whether it is the global one just now
+        self.drawing = False
         self.request: Stop | StopEpoch | None = None
         self.validates = False
         self.attached: dict[str, Any] = {}
@@ -205,7 +206,7 @@ class LoopState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on bit for bit needs; no tensor in it is shared with what trains."""
-        rng = randomness.capture() if self.status == "running" else self.rng
+        rng = randomness.capture() if self.drawing else self.rng
         of_attached = {name: part.state_dict() for name, part in self.attached.items()}
         state = {
             "objective": dict(self.objective.state_dict()),
@@ -239,6 +240,8 @@ class LoopState:
             raise CheckpointError(
                 f"the saved state has the optimizers {sorted(state['optimizers'])}, this Loop {sorted(self.optimizers)}"
             )
+        for name, optimizer in self.optimizers.items():
+            optimizer.check(state["optimizers"][name])
         state = _cloned(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])

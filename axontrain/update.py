@@ -161,12 +161,37 @@ class Update:
         skipped, in_a_row, _ = self._counted(self._flags())
         return {
             "optimizers": [self._part_state(optimizer) for optimizer in self.optimizers],
-            "schedulers": [_plain(scheduler.state_dict()) for scheduler in self._schedulers],
+            "schedulers": [
+                {"kind": type(scheduler).__name__, "state": _plain(scheduler.state_dict())} for scheduler in self._schedulers
+            ],
             "scale": self.scale,
             "unscaled": list(self._unscaled),
             "skipped": self.skipped + skipped,
             "in_a_row": in_a_row,
         }
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise unless ``state`` is of such an optimizer; nothing is changed.
+
+        Raises:
+            CheckpointError: if it is of another algorithm, of other parameters or groups, or of another kind of schedule.
+        """
+        of = f"the optimizer {self.name!r}"
+        for key, own in (("optimizers", self.optimizers), ("schedulers", self._schedulers)):
+            kinds = [type(one).__name__ for one in own]
+            saved = [part["kind"] for part in state[key]]
+            if len(kinds) != len(saved):
+                raise CheckpointError(f"{of} has {len(kinds)} {key}, the saved one {len(saved)}")
+            if kinds != saved:
+                raise CheckpointError(f"{of} is made of {', '.join(kinds)}, the saved one of {', '.join(saved)}")
+        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+            mine = [group["parameters"] for group in self._part_state(optimizer)["groups"]]
+            its = [group["parameters"] for group in part["groups"]]
+            if mine != its:
+                a, b = ({name for group in groups for name in group} for groups in (mine, its))
+                names = ", ".join(sorted(a ^ b)[:8])
+                how = f"other parameters than the saved one: they differ in {names}" if names else "other groups of parameters"
+                raise CheckpointError(f"{of} is of {how}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave.
@@ -175,13 +200,11 @@ class Update:
             CheckpointError: if it is of other parameters or of another number of optimizers or schedules.
 
         """
-        for key, own in (("optimizers", self.optimizers), ("schedulers", self._schedulers)):
-            if len(state[key]) != len(own):
-                raise CheckpointError(f"the optimizer {self.name!r} has {len(own)} {key}, the saved one {len(state[key])}")
+        self.check(state)
         for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
             self._load_part(optimizer, part)
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(_restored(saved, scheduler.state_dict()))
+            scheduler.load_state_dict(_restored(saved["state"], scheduler.state_dict()))
         self.scale, self._unscaled = state["scale"], list(state["unscaled"])
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
         self._pending = []
@@ -292,6 +315,7 @@ class Update:
     def _part_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         names = {id(p): name for name, p in self.parameters.items()}
         return {
+            "kind": type(optimizer).__name__,
             "state": {
                 names[id(p)]: {key: _plain(value) for key, value in state.items()}
                 for p, state in optimizer.state.items()
@@ -306,12 +330,6 @@ class Update:
 
     def _load_part(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
         own = [name for group in self._part_state(optimizer)["groups"] for name in group["parameters"]]
-        given = [name for group in saved["groups"] for name in group["parameters"]]
-        if own != given:
-            other = sorted(set(own) ^ set(given)) or own
-            raise CheckpointError(
-                f"the optimizer {self.name!r} is of other parameters than the saved one: they differ in {', '.join(other[:8])}"
-            )
         index = {name: i for i, name in enumerate(own)}
         groups, count = [], 0
         for group, of_saved in zip(optimizer.param_groups, saved["groups"], strict=True):

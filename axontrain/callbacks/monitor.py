@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from axontrain.callback import Answer, Callback
-from axontrain.errors import ConfigurationError, unknown
+from axontrain.errors import ConfigurationError, unknown, whole
 from axontrain.state import LoopState
 
 LOWER_IS_BETTER = ("loss", "mse", "rmse", "mae", "perplexity", "error")
@@ -39,13 +39,12 @@ class Monitor(Callback):
 
     def __init__(self, monitor: str, *, patience: int, mode: str | None = None, min_delta: float = 0.0, **cadence: Any) -> None:
         super().__init__(**cadence)
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ConfigurationError(f"patience={patience!r}: a whole number of looks, 1 or more")
         if not min_delta >= 0:
             raise ConfigurationError(f"min_delta={min_delta!r}: 0 or more")
         if mode not in (None, "min", "max"):
             raise unknown("mode", mode, ("min", "max"))
-        self.monitor, self.patience, self.min_delta = monitor, patience, min_delta
+        self.monitor, self.min_delta = monitor, min_delta
+        self.patience = whole("patience", patience, what="of looks")
         self.mode = mode or better_of(monitor)
         self.best = math.inf if self.mode == "min" else -math.inf
         self.best_step: int | None = None

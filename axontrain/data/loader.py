@@ -12,7 +12,7 @@ from torch.utils.data import default_collate
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.order import order
 from axontrain.data.protocol import Dataset, checked
-from axontrain.errors import ConfigurationError
+from axontrain.errors import reject, whole
 from axontrain.randomness import derive, seeded
 
 # Gathering this much at once and cutting it into views is faster than gathering each batch: the call costs more than
@@ -58,11 +58,11 @@ class Loader:
         drop_last: bool = False,
         seed: int | None = None,
         strict: bool | None = None,
+        **others: Any,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigurationError(f"batch_size={batch_size!r}: a whole number, 1 or more")
+        reject(others, Loader.__init__)
         self.dataset = checked(dataset)
-        self.batch_size = batch_size
+        self.batch_size = whole("batch_size", batch_size)
         self.shuffle = shuffle
         self.transform = transform
         self.collate = collate

@@ -15,7 +15,7 @@ from torch import Tensor
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.loader import Loader
 from axontrain.data.protocol import is_dataset
-from axontrain.errors import BatchMismatchError, ConfigurationError, DataError, EmptyDataError, kind_of
+from axontrain.errors import BatchMismatchError, DataError, EmptyDataError, kind_of, whole
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -45,10 +45,9 @@ class Stream:
         strict: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        self.data, self.name, self.limit, self.device = data, name, limit, device
+        self.data, self.name, self.device = data, name, device
+        self.limit = None if limit is None else whole("limit", limit, what="of batches")
         self.loader = _loader(data, name, batch_size, shuffle)
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise ConfigurationError(f"limit={limit!r}: a whole number of batches, 1 or more")
         if self.loader is None:
             self.strict = strict
         else:
@@ -168,6 +167,34 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def joined(parts: list[tuple[Any, int]]) -> Any:
+    """Put predictions of batches together; each comes with the size of its batch.
+
+    Tensors are joined along their first dimension, mappings and tuples item by item. A list with an item for each sample (as
+    text or boxes are) is made longer; any other list is taken item by item too.
+
+    Raises:
+        DataError: if tensors of different batches differ in their trailing shape.
+    """
+    values = [value for value, _ in parts]
+    first = values[0]
+    if isinstance(first, Tensor):
+        if any(value.shape[1:] != first.shape[1:] for value in values):
+            raise DataError(
+                "the predictions of different batches differ in shape, so they cannot be put together: "
+                "use predict(..., stream=True), which gives them batch by batch"
+            )
+        return torch.cat(values) if first.dim() else torch.stack(values)
+    if isinstance(first, Mapping):
+        return {key: joined([(value[key], size) for value, size in parts]) for key in first}
+    if isinstance(first, list) and all(len(value) == size for value, size in parts):
+        return [item for value in values for item in value]
+    if isinstance(first, (tuple, list)):
+        items = [joined([(value[index], size) for value, size in parts]) for index in range(len(first))]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    return values
 
 
 def _describe(value: Any, path: str, found: list[str]) -> None:

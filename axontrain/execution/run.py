@@ -46,6 +46,7 @@ class Run:
     status: str = "completed"
     reason: str = ""
     batch: Any = None
+    validated: bool = False
 
     def goes_on(self) -> bool:
         """Whether there is more to train: no limit reached, no stop asked for."""
@@ -118,7 +119,6 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
-            state.rng = randomness.capture()
             run.batch = None
             if isinstance(state.request, StopEpoch):
                 state.request = None
@@ -140,10 +140,11 @@ def stream_of(state: LoopState) -> Iterator[None]:
             randomness.seed_all(randomness.derive(state.seed, "run"))
         else:
             randomness.restore(state.rng)
+        state.drawing = True
         try:
             yield
         finally:
-            state.rng = randomness.capture()
+            state.rng, state.drawing = randomness.capture(), False
 
 
 def clear_gradients(module: nn.Module) -> None:
