@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable
-from statistics import median
+from pathlib import Path
+from statistics import geometric_mean, median
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
@@ -11,7 +13,7 @@ from benchmarks.workloads import WORKLOADS, Workload
 
 Run = dict[str, Any]
 
-HEADER = ["contender", "µs/step", "ratio (min–max)", "CPU ratio", "final loss", "import s", "peak MiB"]
+HEADER = ["contender", "µs/step", "ratio (min–max)", "CPU ratio", "final loss", "import s", "first fit s", "peak MiB"]
 
 
 def of_contenders(runs: Iterable[Run], workload: str) -> dict[str, dict[int, Run]]:
@@ -64,16 +66,39 @@ def rows(runs: list[Run], workload: str, versions: dict[str, str]) -> list[list[
         if against:
             loss = f"{loss} {disagreement(WORKLOADS[workload], run, next(iter(against.values())))}".strip()
         row = [
-            f"{CONTENDERS[name].title} {versions.get(name, '')}".strip(),
+            title(name, versions),
             f"{middle(by_round, 'us_per_step'):.0f}",
             f"{median(wall):.2f} ({min(wall):.2f}–{max(wall):.2f})" if wall else "–",
             f"{median(cpu):.2f}" if cpu else "–",
             loss,
             f"{middle(by_round, 'import_seconds'):.2f}" if CONTENDERS[name].package else "–",
+            f"{middle(by_round, 'warmup_seconds'):.2f}",
             f"{middle(by_round, 'peak_mib'):.0f}",
         ]
         made.append((middle(by_round, "us_per_step"), row))
     return [row for _, row in sorted(made)]
+
+
+def summary(runs: list[Run], workloads: list[str], versions: dict[str, str]) -> list[list[str]]:
+    """Make one row a contender: its median ratio on each workload, a star where its losses differ."""
+    made: dict[str, list[tuple[float, str]]] = {}
+    for workload in workloads:
+        found = of_contenders(runs, workload)
+        against = found.get(reference(found) or "", {})
+        for name, by_round in found.items():
+            shares = ratios(by_round, against, "us_per_step")
+            if shares:
+                differs = disagreement(WORKLOADS[workload], by_round[min(by_round)], against[min(against)])
+                text = f"{median(shares):.2f} ({min(shares):.2f}–{max(shares):.2f}){'*' if differs else ''}"
+                made.setdefault(name, []).append((median(shares), text))
+    complete = {name: cells for name, cells in made.items() if len(cells) == len(workloads)}
+    ordered = sorted(complete, key=lambda name: geometric_mean(share for share, _ in complete[name]))
+    return [[title(name, versions), *(text for _, text in complete[name])] for name in ordered]
+
+
+def title(name: str, versions: dict[str, str]) -> str:
+    """Return a contender's name with its version."""
+    return f"{CONTENDERS[name].title} {versions.get(name, '')}".strip()
 
 
 def table(header: list[str], body: list[list[str]], *, markdown: bool) -> str:

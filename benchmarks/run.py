@@ -58,7 +58,9 @@ def measure(prepare: Prepare, work: Workload) -> dict[str, object]:
     """Warm up, train with the clock running, judge."""
     data = work.data()
     # Frameworks import and register lazily, and the allocator has to grow: none of it is the cost of a step.
+    warmup_started = time.perf_counter()
     prepare(make_job(work, data, warmup=True))()
+    warmup_seconds = time.perf_counter() - warmup_started
 
     job = make_job(work, data)
     fit = prepare(job)
@@ -74,6 +76,7 @@ def measure(prepare: Prepare, work: Workload) -> dict[str, object]:
         "steps": steps, "seconds": seconds, "us_per_step": seconds / steps * 1e6,
         "cpu_seconds": cpu_seconds, "cpu_us_per_step": cpu_seconds / steps * 1e6,
         "final_loss": loss, "final_accuracy": accuracy, "tracked": tracked, "peak_mib": peak,
+        "warmup_seconds": warmup_seconds,
     }  # fmt: skip
 
 

@@ -62,9 +62,7 @@ class Job:
         assert pair is not None
         return DataLoader(TensorDataset(*pair), batch_size=self.work.batch_size, shuffle=not validation)
 
-    def optimizer(
-        self, parameters: Iterable[Tensor] | None = None, *, fused: bool | None = None
-    ) -> torch.optim.Optimizer:
+    def optimizer(self, parameters: Iterable[Tensor] | None = None, *, fused: bool | None = None) -> torch.optim.Optimizer:
         """Make the workload's torch optimizer, in its faster implementation if `fused` does not say which."""
         kind, options = self.optimizer_options(fused=fused)
         return kind(parameters or self.model.parameters(), **options)
@@ -113,9 +111,7 @@ def _digits_data() -> Data:
         x, y = stored["images"].float() / 16, stored["labels"].long()
     else:  # without the package: ten noisy stencils of the same size
         y = torch.randint(10, (1_797,), generator=generator)
-        x = (torch.rand(10, 64, generator=generator)[y] + 0.5 * torch.randn(len(y), 64, generator=generator)).clamp(
-            0, 1
-        )
+        x = (torch.rand(10, 64, generator=generator)[y] + 0.5 * torch.randn(len(y), 64, generator=generator)).clamp(0, 1)
     order = torch.randperm(len(y), generator=generator)
     x, y = x[order].reshape(-1, 1, 8, 8), y[order]
     return (x[:1408], y[:1408]), (x[1408:1792], y[1408:1792])

@@ -35,8 +35,8 @@ CONTENDERS = {
         Contender("poutyne", "Poutyne", "poutyne", "poutyne"),
         Contender("skorch", "skorch", "skorch", "skorch"),
         Contender("torchtnt", "TorchTNT AutoUnit", "torchtnt", "torchtnt"),
-        Contender("lightning_sums", "Lightning, sums by hand", "lightning", "lightning"),
-        Contender("lightning", "Lightning, self.log", "lightning", "lightning"),
+        Contender("lightning_sums", "Lightning (sums by hand)", "lightning", "lightning"),
+        Contender("lightning", "Lightning (self.log)", "lightning", "lightning"),
         Contender("transformers", "HF Trainer", "transformers", "transformers"),
         Contender("keras", "Keras on torch", "keras", "keras"),
     )

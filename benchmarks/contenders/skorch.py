@@ -34,9 +34,7 @@ def prepare(job: Job) -> Callable[[], dict[str, float]]:
         train_split=predefined_split(TensorDataset(*job.validation)) if job.validation else None,
         callbacks=callbacks,
         callbacks__print_log=None,
-        callbacks__valid_acc=EpochScoring("accuracy", lower_is_better=False, name="valid_acc")
-        if work.validate
-        else None,
+        callbacks__valid_acc=EpochScoring("accuracy", lower_is_better=False, name="valid_acc") if work.validate else None,
         classes=list(range(10)),
         device="cpu",
         verbose=0,
