@@ -230,7 +230,7 @@ class Loop:
 
     def _read_and_validate(self, run: Run, *, validate: bool = True) -> None:
         state = run.state
-        readings = state.read()
+        readings = state.read(last=True)
         state.meter.reset()
         if validate and run.validation is not None:
             if run.hooks.before_evaluate is not None:
@@ -275,7 +275,8 @@ class Loop:
 
     def _evaluate(self, stream: Stream, run: Run | None = None) -> dict[str, Any]:
         objective = self.objective if self.evaluate_with is None else self.evaluate_with
-        meter = Meter(self._eval_metrics)
+        meter = Meter(self._eval_metrics) if run is None else run.meter
+        meter.reset()
         with self._evaluating(objective):
             for index, batch in enumerate(stream.batches(self.state.seed, 0)):
                 if run is not None:
@@ -291,7 +292,7 @@ class Loop:
                         return {}
         if not len(meter):
             raise stream.empty()
-        return meter.read()
+        return meter.read(last=True)
 
     def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False) -> Any:
         """Predict for all of ``data``, in its order.
@@ -466,7 +467,8 @@ class Loop:
         cadence.start(state)
         hooks = Hooks(callbacks, state)
         self._last_stream = stream
-        return Run(state, plan, stream, validating, cadence, hooks, runner(state, hooks.after_backward))
+        meter = Meter(self._eval_metrics)
+        return Run(state, plan, stream, validating, meter, cadence, hooks, runner(state, hooks.after_backward))
 
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.

@@ -154,10 +154,10 @@ class LoopState:
         """How far the present fit has come, 0 to 1: what schedules see."""
         return 0.0 if self.plan is None else self.plan.progress(self)
 
-    def read(self) -> dict[str, Any]:
+    def read(self, *, last: bool = False) -> dict[str, Any]:
         """Read the training means since the epoch began (or since the last validation) to the host, into ``values``.
 
-        What is read later does not change by it.
+        What is read later does not change by it; with ``last`` the engine says that it begins anew afterwards.
 
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
@@ -165,7 +165,7 @@ class LoopState:
         """
         for optimizer in self.optimizers.values():
             optimizer.read()
-        readings = {f"train/{name}": value for name, value in self.meter.read().items()} if len(self.meter) else {}
+        readings = {f"train/{name}": value for name, value in self.meter.read(last=last).items()} if len(self.meter) else {}
         self.values.update(readings)
         return readings
 

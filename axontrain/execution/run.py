@@ -17,6 +17,7 @@ from axontrain.data.stream import Stream, describe
 from axontrain.execution import modes
 from axontrain.execution.signals import interruptible
 from axontrain.execution.steps import Runner
+from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
@@ -37,6 +38,7 @@ class Run:
     plan: Plan
     train: Stream
     validation: Stream | None
+    meter: Meter  # of validation
     validate: Cadence
     hooks: Hooks
     train_step: Runner

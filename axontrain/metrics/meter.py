@@ -51,7 +51,7 @@ class Meter:
 
     def record(self, step: Step) -> None:
         """Take a step in. Its loss is detached already."""
-        values = step.values
+        values = _detached(step.values) if step.values else step.values
         if self._specs:
             values = self._measured(step, values)
         self._losses.append((step.loss, step.weight, step.skipped, values))
@@ -59,11 +59,14 @@ class Meter:
             self._sums = merge(self._sums, self._fold())
             self._losses = []
 
-    def read(self) -> dict[str, Any]:
-        """Read everything to the host; nothing that is read later changes by it."""
+    def read(self, *, last: bool = False) -> dict[str, Any]:
+        """Read everything to the host; nothing that is read later changes by it.
+
+        With ``last`` nothing will be, before a reset: that spares a copy of the metrics.
+        """
         readings: dict[str, Any] = means(merge(self._sums, self._fold()))
         for tally in self._tallies or ():
-            readings |= tally.read()
+            readings |= tally.read(last)
         return readings
 
     def reset(self) -> None:
@@ -88,8 +91,9 @@ class Meter:
         self._sums = dict(state["sums"])
         self._losses = [(of["loss"], of["weight"], of["skipped"], of["values"]) for of in state["losses"]]
         self._saved = dict(state["metrics"])
-        if self._tallies:
-            self._fill()
+        for tally in self._tallies or ():
+            tally.reset()
+        self._fill()
 
     def _fold(self) -> Sums:
         entries: dict[str, list[Entry]] = defaultdict(list)
@@ -139,14 +143,15 @@ class _Tally:
                 self._consume(len(self.waiting))
             self._update(predictions, targets, skipped)
             return
-        self.waiting.append((predictions, targets, skipped))
+        # Copies: a model may write its outputs into one buffer, a loader its batches.
+        self.waiting.append((_copied(predictions), _copied(targets), skipped))
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and len(self.waiting) >= FOLD):
-            self._consume(len(self.waiting))
+            self._consume(len(self.waiting) // FOLD * FOLD if self.built.joinable else len(self.waiting))
 
-    def read(self) -> dict[str, Any]:
-        self._consume(len(self.waiting) // FOLD * FOLD)
+    def read(self, last: bool) -> dict[str, Any]:
+        self._consume(len(self.waiting) if last else len(self.waiting) // FOLD * FOLD)
         metric, updates = self.metric, self.updates
         if self.waiting:
             metric = metric.clone()
@@ -243,6 +248,10 @@ def _detached(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_detached(item) for item in value]
     return value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _bytes(value: Any) -> int:

@@ -34,6 +34,7 @@ joining or splitting batches cannot change a value.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -190,14 +191,19 @@ class _Counted(torchmetrics.Metric):
 
     def _value(self, true_false: tuple[Tensor, ...] | None = None, confusion: Tensor | None = None) -> Tensor:
         # Through the class, as the instance's own compute would synchronise, cache and warn once more.
-        kind = getattr(torchmetrics.classification, self.words)
-        metric = kind(**self.options, validate_args=False)
+        metric = _judge(self.words, tuple(self.options.items()))
         if confusion is not None:
             metric.confmat = confusion
         else:
             metric.tp, metric.fp, metric.tn, metric.fn = true_false or ()
-        value: Tensor = kind.compute(metric)
+        value: Tensor = type(metric).compute(metric)
         return value
+
+
+@functools.lru_cache(maxsize=64)
+def _judge(words: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    # Made once: making one costs more than all else of a reading.
+    return getattr(torchmetrics.classification, words)(**dict(options), validate_args=False)
 
 
 class Hits(_Counted):
