@@ -101,9 +101,11 @@ def curve_png(rows: Rows) -> bytes:
                 (row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "", label=name)
-                axes.legend()
-        axes.set_title(panel.replace("$", r"\$"))
+                # A space in front: matplotlib leaves names that begin with _ out.
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 60 else "", label=f" {name}")
+                for text in axes.legend().get_texts():
+                    text.set_parse_math(False)
+        axes.set_title(panel, parse_math=False)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     target = io.BytesIO()

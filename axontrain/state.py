@@ -70,7 +70,7 @@ class History:
         """The row whose reading ``name`` is the lowest (``mode="min"``) or highest (``"max"``); never one that is NaN."""
         if mode not in ("min", "max"):
             raise unknown("mode", mode, ("min", "max"))
-        rows = [row for row in self.rows if name in row and not math.isnan(row[name])]
+        rows = [row for row in self.rows if isinstance(row.get(name), (int, float)) and not math.isnan(row[name])]
         if not rows:
             raise unknown("reading", name, self.columns)
         return (min if mode == "min" else max)(rows, key=lambda row: row[name])

@@ -1,0 +1,134 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import axontrain as ax
+from axontrain import cli
+from axontrain.checkpoint import name_of, read
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "axontrain.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=120, check=False, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "runs" / "first"
+    return directory, command("fit", "digits", "--epochs", 2, "--seed", 3, "--directory", directory)
+
+
+def test_fit_digits_says_what_it_did_and_where_things_are(run):
+    directory, done = run
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "completed (epochs=2) at epoch 2, step 46" in lines
+    assert "val/accuracy" in lines[0]
+    (told,) = (line for line in lines if line.startswith("test accuracy"))
+    assert 60 < float(told.split()[2]) <= 100
+    assert told.endswith("on 359 digits it has not seen")
+    assert f"run directory {directory}:" in lines
+    for name in ("history.jsonl", name_of(46), "curve.png"):
+        assert name in done.stdout
+        assert (directory / name).exists()
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_it_says_is_what_it_wrote(run):
+    directory, done = run
+    rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert f"test accuracy {100 * rows[-1]['val/accuracy']:.2f} %" in done.stdout
+    assert (directory / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert read(directory / name_of(46))["counters"]["step"] == 46
+
+
+def test_what_it_wrote_can_be_gone_on_with(run):
+    directory, _ = run
+    optimizer = ax.Optimizer("adamw", lr=4e-3, weight_decay=0.01, schedule=ax.schedules.one_cycle())
+    loop = ax.Loop(cli.Digits(), optimizer, device="cpu", progress=False)
+    loop.restore(directory / name_of(46))
+    _, test = ax.data.digits()
+    evaluated = loop.evaluate(test, batch_size=64)
+    assert evaluated["accuracy"] == loop.state.history.rows[-1]["val/accuracy"]
+    assert loop.state.seed == 3
+
+
+def test_the_same_seed_trains_the_same(run, tmp_path, capsys, monkeypatch):
+    directory, _ = run
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = torch.get_rng_state()
+    assert cli.main(["fit", "digits", "--epochs", "2", "--seed", "3", "--directory", str(tmp_path / "again")]) == 0
+    torch.set_rng_state(before)
+    assert "test accuracy" in capsys.readouterr().out
+    one, other = (read(where / name_of(46))["objective"] for where in (directory, tmp_path / "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_directory_that_is_not_empty_is_refused_and_left_alone(run, capsys):
+    directory, _ = run
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "digits", "--epochs", "1", "--directory", str(directory)])
+    assert ended.value.code == 2
+    assert f"--directory: {directory} is there already, and not empty" in capsys.readouterr().err
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "digits", "--directory", str(tmp_path / "file")])
+    assert ended.value.code == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required: command"),
+        (["fit"], "required: what"),
+        (["fit", "letters"], "invalid choice: 'letters'"),
+        (["fit", "digits", "--epochs", "0"], "--epochs: 1 or more"),
+        (["fit", "digits", "--epochs", "some"], "invalid int value: 'some'"),
+        (["fit", "digits", "--epoch-count", "3"], "unrecognized arguments"),
+        (["predict"], "invalid choice: 'predict'"),
+    ],
+)
+def test_what_it_does_not_know_ends_with_status_2(arguments, told, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"axontrain {ax.__version__}\n"
+
+
+def test_a_failure_that_axontrain_knows_is_one_line_and_status_1(monkeypatch, capsys, tmp_path):
+    def damaged(**_):
+        raise ax.DataError("the digits are damaged")
+
+    monkeypatch.setattr(ax.data, "digits", damaged)
+    assert cli.main(["fit", "digits", "--directory", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err == "axontrain: the digits are damaged\n"
+
+
+def test_a_directory_that_cannot_be_made_is_one_line_and_status_1(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    status = cli.main(["fit", "digits", "--epochs", "1", "--directory", str(tmp_path / "file" / "run")])
+    assert status == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("axontrain: ")

@@ -1,0 +1,84 @@
+import inspect
+
+import pytest
+
+import axontrain as ax
+
+# A name that comes or goes is a change of the interface: it is to be seen here, and in the changelog.
+EXPORTED = [
+    "ArrayDataset",
+    "AxonError",
+    "AxonWarning",
+    "BatchMismatchError",
+    "Callback",
+    "CheckpointError",
+    "ConfigurationError",
+    "DataError",
+    "Dataset",
+    "Duration",
+    "EarlyStopping",
+    "EmptyDataError",
+    "Every",
+    "History",
+    "LearningRate",
+    "Loader",
+    "Loop",
+    "LoopState",
+    "LossError",
+    "MetricError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "Objective",
+    "ObjectiveError",
+    "Optimizer",
+    "OptimizerError",
+    "ProgressBar",
+    "ReduceLROnPlateau",
+    "Report",
+    "Result",
+    "SplitError",
+    "Step",
+    "Stop",
+    "StopEpoch",
+    "Supervised",
+    "UnknownNameError",
+    "UnknownOptionError",
+    "data",
+    "metrics",
+    "order",
+    "schedules",
+]
+
+
+def test_the_exported_names_are_these():
+    assert ax.__all__ == EXPORTED
+    assert sorted(ax.__all__) == ax.__all__
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_each_is_there_and_documented(name):
+    value = getattr(ax, name)
+    assert inspect.getdoc(value)
+    if inspect.isclass(value):
+        assert value.__doc__, "its own, not its parent's"
+
+
+def test_a_star_import_brings_them():
+    names = {}
+    exec("from axontrain import *", names)
+    assert set(EXPORTED) <= names.keys()
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_public_methods_are_documented(name):
+    value = getattr(ax, name)
+    if not inspect.isclass(value):
+        return
+    for method, function in vars(value).items():
+        if not method.startswith("_") and callable(function) and not issubclass(value, ax.Callback):
+            assert inspect.getdoc(getattr(value, method)), f"{name}.{method}"
+
+
+def test_the_version_is_text():
+    assert ax.__version__.count(".") == 2

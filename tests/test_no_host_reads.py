@@ -1,0 +1,216 @@
+"""Between readings nothing waits for the device: a read of one number a step would cost more than the step."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import axontrain as ax
+from axontrain.execution import run
+
+aten = torch.ops.aten
+# Each gives the host something that only the device knows: a number, or the size of a result.
+READING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
+ON_HOST = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
+
+OPTIMIZERS = {
+    "sgd": ("sgd", {}),
+    "momentum": ("sgd", {"momentum": 0.9}),
+    "adam": ("adam", {}),
+    "adamw": ("adamw", {}),
+    "adagrad": ("adagrad", {}),
+    "rmsprop": ("rmsprop", {}),
+    "adadelta": ("adadelta", {}),
+    "muon": ("muon", {}),
+}
+
+
+class Reads(TorchDispatchMode):
+    """Counts host reads: all of them, and those within a training step."""
+
+    def __init__(self, patch):
+        super().__init__()
+        self.all = self.within = 0
+        self.inside = False
+        for name in ON_HOST:
+            self._watch(patch, name)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in READING or (function is aten.index.Tensor and any(_mask(part) for part in args[1])):
+            self._seen()
+        return function(*args, **(kwargs or {}))
+
+    def _watch(self, patch, name):
+        original = getattr(torch.Tensor, name)
+
+        def watched(tensor, *args, **kwargs):
+            self._seen()
+            return original(tensor, *args, **kwargs)
+
+        patch.setattr(torch.Tensor, name, watched)
+
+    def _seen(self):
+        self.all += 1
+        self.within += self.inside
+
+
+def _mask(part):
+    return part is not None and part.dtype in (torch.bool, torch.uint8)
+
+
+class Steps(ax.Callback):
+    """Marks what lies within a step: from before a batch is trained on until after it was recorded."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+
+    def before_batch(self, state):
+        self.reads.inside = True
+
+    def after_batch(self, state):
+        self.reads.inside = False
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    # So that a slow machine makes no more readings than a fast one.
+    monkeypatch.setattr(run, "READ_EVERY_SECONDS", 1e9)
+    return Reads(monkeypatch)
+
+
+def dense(bias=True):
+    return nn.Sequential(nn.Linear(6, 8, bias=bias), nn.ReLU(), nn.Linear(8, 3, bias=bias))
+
+
+def noisy():
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def samples(batches, rows=4):
+    return ax.ArrayDataset(torch.randn(batches * rows, 6), torch.randint(3, (batches * rows,)))
+
+
+def counted(reads, net, spec, batches, *, progress=True, validation=None, metrics=("accuracy",)):
+    loop = ax.Loop(
+        ax.Supervised(net, "cross_entropy", metrics=list(metrics)),
+        spec,
+        device="cpu",
+        progress=False,
+        callbacks=[Steps(reads), *([ax.ProgressBar("terminal", stream=io.StringIO())] if progress else [])],
+    )
+    data = samples(batches)
+    loop.fit(data, validation, epochs=1, batch_size=4)  # builds metrics and optimizer state
+    before, reads.within = reads.all, 0
+    with reads:
+        loop.fit(data, validation, epochs=1, batch_size=4)
+    assert loop.state.step == 2 * batches
+    return reads.all - before, reads.within
+
+
+def test_the_count_sees_each_way_to_read(reads):
+    values = torch.arange(3.0)
+    ways = [
+        lambda: values[0].item(),
+        lambda: values.tolist(),
+        lambda: values.numpy(),
+        lambda: float(values[0]),
+        lambda: bool(values[0] > 1),
+        lambda: values[values > 1],
+        lambda: values.nonzero(),
+        lambda: torch.equal(values, values),
+    ]
+    with reads:
+        for number, way in enumerate(ways):
+            before = reads.all
+            way()
+            assert reads.all > before, number
+        before = reads.all
+        torch.where(values > 1, values, 0.0).sum()
+        assert reads.all == before
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bound", [{"clip_norm": 1.0}, {"clip_value": 0.1}], ids=["norm", "value"])
+def test_training_reads_as_often_in_a_long_epoch_as_in_a_short_one(reads, name, bound):
+    factory, options = OPTIMIZERS[name]
+    spec = ax.Optimizer(factory, lr=0.01, schedule=ax.schedules.cosine(warmup="10%"), **bound, **options)
+    short, within_short = counted(reads, dense(bias=name != "muon"), spec, 20)
+    long, within_long = counted(reads, dense(bias=name != "muon"), spec, 60)
+    assert 0 < short == long
+    assert within_short == within_long == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+def test_batchnorm_and_dropout_read_nothing(reads, name):
+    spec = ax.Optimizer(name, lr=0.01)
+    short, _ = counted(reads, noisy(), spec, 20)
+    long, within = counted(reads, noisy(), spec, 60)
+    assert 0 < short == long
+    assert within == 0
+
+
+@pytest.mark.parametrize("schedule", [torch.optim.lr_scheduler.StepLR, torch.optim.lr_scheduler.OneCycleLR])
+def test_torch_schedulers_read_nothing(reads, schedule):
+    options = {"step_size": 3} if schedule is torch.optim.lr_scheduler.StepLR else {"max_lr": 0.1, "total_steps": 200}
+    spec = ax.Optimizer("adamw", lr=0.01, schedule=lambda optimizer: schedule(optimizer, **options))
+    short, _ = counted(reads, dense(), spec, 20)
+    long, within = counted(reads, dense(), spec, 60)
+    assert 0 < short == long
+    assert within == 0
+
+
+def test_validation_reads_as_often_over_much_data_as_over_little(reads):
+    spec = ax.Optimizer("adamw", lr=0.01)
+    metrics = ["accuracy", "f1", "auroc", "confusion_matrix"]
+    short, _ = counted(reads, dense(), spec, 20, validation=samples(10), metrics=metrics)
+    long, within = counted(reads, dense(), spec, 20, validation=samples(50), metrics=metrics)
+    assert 0 < short == long
+    assert within == 0
+
+
+@pytest.mark.parametrize("batches", [40, 300], ids=["few", "more than a fold"])
+def test_evaluate_reads_as_often_over_much_data_as_over_little(reads, batches):
+    metrics = ["accuracy", "f1", "auroc", "confusion_matrix", "perplexity"]
+    loop = ax.Loop(ax.Supervised(noisy(), "cross_entropy", metrics=metrics), device="cpu", progress=False)
+    loop.evaluate(samples(2), batch_size=4)
+
+    def of(data):
+        before = reads.all
+        with reads:
+            loop.evaluate(data, batch_size=4)
+        return reads.all - before
+
+    assert 0 < of(samples(10)) == of(samples(batches))
+
+
+def test_own_loop_reads_nothing_until_it_asks(reads):
+    loop = ax.Loop(ax.Supervised(noisy(), "cross_entropy"), ax.Optimizer("adamw", lr=0.01, clip_norm=1.0), progress=False)
+    batch = (torch.randn(4, 6), torch.randint(3, (4,)))
+    loop.train_on_batch(batch)
+    before = reads.all
+    with reads:
+        for _ in range(30):
+            step = loop.train_on_batch(batch)
+        # The random generators are put back around each step: their states are on the host already.
+        restored = reads.all - before
+        float(step.loss)
+    assert reads.all > before + restored
+    before = reads.all
+    with reads:
+        loop.train_on_batch(batch)
+    assert (reads.all - before) * 30 == restored
+
+
+def test_a_skipped_update_is_not_read_within_the_step(reads):
+    spec = ax.Optimizer("rmsprop", lr=0.01)
+    loop = ax.Loop(
+        ax.Supervised(noisy(), "cross_entropy", metrics=["accuracy"]), spec, progress=False, callbacks=[Steps(reads)]
+    )
+    batches = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(6)]
+    batches[3] = (batches[3][0] * float("nan"), batches[3][1])
+    with pytest.warns(ax.NonFiniteWarning), reads:
+        loop.fit(batches, epochs=1)
+    assert reads.within == 0
