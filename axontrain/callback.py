@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from axontrain.clock import Cadence, Every
-from axontrain.errors import ConfigurationError, kind_of, unknown
+from axontrain.errors import ConfigurationError, kind_of, reject, unknown
 from axontrain.state import LoopState, Stop, StopEpoch
 
 Answer = Stop | StopEpoch | None
@@ -51,7 +51,6 @@ class Callback:
     Traceback (most recent call last):
         ...
     axontrain.errors.UnknownNameError: unknown hook of Typo 'after_epochs': did you mean 'after_epoch' ...
-
     """
 
     every: Every | None = None
@@ -63,7 +62,9 @@ class Callback:
         first: int | None = None,
         after: int | str | None = None,
         before: int | str | None = None,
+        **others: Any,
     ) -> None:
+        reject(others, type(self).__init__, Callback.__init__)
         if any(given is not None for given in (every, first, after, before)):
             self.every = Every.parse(every, first=first, after=after, before=before)
 
@@ -181,6 +182,9 @@ def checked(callbacks: Any) -> list[Callback]:
             raise ConfigurationError(
                 f"callbacks: {kind_of(callback)}{hint} is no ax.Callback; a function becomes one by loop.on(hook)"
             )
+    for index, callback in enumerate(found):
+        if any(callback is other for other in found[:index]):
+            raise ConfigurationError(f"callbacks: {callback!r} is there twice, so it would count everything twice")
     return found
 
 

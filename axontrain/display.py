@@ -82,7 +82,6 @@ def curve_png(rows: Rows) -> bytes:
 
     Raises:
         MissingExtraError: without matplotlib, the extra ``plot``.
-
     """
     # Figures are made without pyplot, whose global state belongs to the user's own plots.
     figure_of = require("matplotlib.figure", "plot", "a learning curve")

@@ -131,18 +131,18 @@ def whole(name: str, value: object, least: int = 1, what: str = "") -> int:
     return number
 
 
-def reject(unknown_options: Mapping[str, object], function: Callable[..., object]) -> None:
-    """Raise for arguments that ``function`` does not have, with the nearest ones that it has.
+def reject(unknown_options: Mapping[str, object], *functions: Callable[..., object]) -> None:
+    """Raise for arguments that none of ``functions`` has, with the nearest ones that they have.
 
     Python's own TypeError names the argument, but offers nothing.
 
     Raises:
         UnknownOptionError: if there are any.
-
     """
     for name in unknown_options:
-        known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        message = str(unknown(f"option of {function.__qualname__}:", name, (k for k in known if k != "self")))
+        parameters = (p for function in functions for p in inspect.signature(function).parameters.values())
+        known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self"}
+        message = str(unknown(f"option of {functions[0].__qualname__}:", name, known))
         raise UnknownOptionError(message)
 
 

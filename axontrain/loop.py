@@ -23,7 +23,8 @@ from axontrain.clock import Duration, Every, Plan
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, joined, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
-from axontrain.execution.run import Interrupt, Run, clear_gradients, session, stream_of
+from axontrain.execution.notes import noted
+from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
 from axontrain.execution.steps import Runner, check_eval, runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
@@ -58,7 +59,6 @@ class Loop:
     >>> result = loop.fit(line, epochs=20)
     >>> result.status, result.values["train/loss"] < 1e-3
     ('completed', True)
-
     """
 
     def __init__(
@@ -79,11 +79,17 @@ class Loop:
         reject(others, Loop.__init__)
         for name, given in (("objective", objective), ("evaluate_with", evaluate_with)):
             if not isinstance(given, Objective) and not (given is None and name == "evaluate_with"):
-                raise ConfigurationError(
-                    f"{name} is {kind_of(given)}, no ax.Objective: subclass it, or wrap a model by ax.Supervised(model, loss)"
+                hint = (
+                    "it is a class: call it"
+                    if isinstance(given, type)
+                    else "subclass it, or wrap a model: ax.Supervised(model, loss)"
                 )
+                raise ConfigurationError(f"{name} is {kind_of(given)}, no ax.Objective: {hint}")
         self.device = _device(device)
-        self.objective = objective.to(self.device)
+        try:
+            self.objective = objective.to(self.device)
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigurationError(f"device={device!r} cannot be used: {error}") from error
         self.evaluate_with = None if evaluate_with is None else evaluate_with.to(self.device)
         self.metrics = {**resolve(objective.metrics), **resolve(metrics)}
         judge = objective if evaluate_with is None else evaluate_with
@@ -106,6 +112,7 @@ class Loop:
         self._attach_callbacks()
         self._by_hand: Runner | None = None
         self._last_stream: Stream | None = None
+        self._next_reading = 0.0
 
     def fit(
         self,
@@ -136,7 +143,6 @@ class Loop:
         Raises:
             ConfigurationError: for arguments that cannot work.
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
-
         """
         reject(others, Loop.fit)
         run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
@@ -172,8 +178,7 @@ class Loop:
             while run.goes_on():
                 if run.hooks.before_epoch is not None:
                     run.hooks.before_epoch(state)
-                for batch in run.batches() if state.request is None else ():
-                    run.batch = batch
+                for batch in run.batches():
                     if before_batch is not None:
                         before_batch(state)
                     if state.request is not None:
@@ -187,15 +192,10 @@ class Loop:
                     if after_batch is not None:
                         after_batch(state)
                     yield step
-                    run.batch = None
                     if state.step >= run.next_step or perf_counter() >= run.next_time or state.request is not None:
                         if self._look_up(run):
                             break
-                else:
-                    if state.request is None:
-                        self._end_epoch(run, exhausted=True)
-                        continue
-                if run.epoch_is_over() or isinstance(state.request, StopEpoch):
+                if run.epoch_is_over():
                     self._end_epoch(run)
             self._end_fit(run)
 
@@ -210,21 +210,15 @@ class Loop:
         run.look_ahead()
         return state.request is not None or run.plan.over(state) is not None
 
-    def _end_epoch(self, run: Run, *, exhausted: bool = False) -> None:
+    def _end_epoch(self, run: Run) -> None:
         """Count the epoch; then validation, readings, ``after_epoch``: all of one and the same step."""
         state = run.state
-        if exhausted:
-            if state.batch_index == 0:
-                raise run.train.empty()
-            state.epoch_length = state.batch_index  # data of no known length has one now
-        if isinstance(state.request, StopEpoch):
-            state.request = None
         state.epoch += 1
         state.batch_index = 0
         self._read_and_validate(run, validate=run.validate.due(state))
-        if run.hooks.after_epoch is not None and not isinstance(state.request, Interrupt):
+        if run.hooks.after_epoch is not None and not run.interrupted():
             run.hooks.after_epoch(state)
-        if isinstance(state.request, StopEpoch):  # the epoch is over as it is
+        if isinstance(state.request, StopEpoch):  # the epoch is over now
             state.request = None
         run.look_ahead()
 
@@ -237,14 +231,13 @@ class Loop:
                 run.hooks.before_evaluate(state)
             found = self._evaluate(run.validation, run)
             run.validated = True
-            if not isinstance(state.request, Interrupt):
+            if not run.interrupted():
                 readings |= {f"val/{name}": value for name, value in found.items()}
         state.values.update(readings)
         if readings:
             state.history.add(state.step, state.epoch, readings)
-        if validate and run.validation is not None and run.hooks.after_evaluate is not None:
-            if not isinstance(state.request, Interrupt):
-                run.hooks.after_evaluate(state)
+        if validate and run.validation is not None and run.hooks.after_evaluate is not None and not run.interrupted():
+            run.hooks.after_evaluate(state)
 
     def _end_fit(self, run: Run) -> None:
         """Read what is left of an epoch that a limit or a stop has ended."""
@@ -264,11 +257,12 @@ class Loop:
         if self.directory is not None:
             checkpoint.write(self.directory / checkpoint.name_of(state.step), state.state_dict())
 
-    def evaluate(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE) -> dict[str, Any]:
+    def evaluate(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, **others: Any) -> dict[str, Any]:
         """Evaluate: ``{"loss": ..., "accuracy": ...}``, means by items over the whole of ``data``.
 
         Modules are in eval mode for as long as it takes, there are no gradients, and what is random follows from the seed.
         """
+        reject(others, Loop.evaluate)
         stream = self._stream(data, "data", batch_size)
         self._check_batch_size(batch_size, stream)
         return self._evaluate(stream)
@@ -281,20 +275,23 @@ class Loop:
             for index, batch in enumerate(stream.batches(self.state.seed, 0)):
                 if run is not None:
                     run.batch = batch
-                step = objective.eval_step(batch)
+                    step = objective.eval_step(batch)
+                else:
+                    with noted(f"in evaluation, batch {index}", batch, objective):
+                        step = objective.eval_step(batch)
                 if index == 0:
                     check_eval(step, objective)
                 step.loss = step.loss.detach()
                 meter.record(step)
                 if run is not None:
                     run.batch = None
-                    if isinstance(run.state.request, Interrupt):
+                    if run.interrupted():
                         return {}
         if not len(meter):
             raise stream.empty()
         return meter.read(last=True)
 
-    def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False) -> Any:
+    def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False, **others: Any) -> Any:
         """Predict for all of ``data``, in its order.
 
         Batches go through the objective's ``split``: of a pair the first is the inputs, a bare tensor is inputs.
@@ -306,8 +303,8 @@ class Loop:
 
         Returns:
             What ``predict`` returns, batches put together along the first dimension.
-
         """
+        reject(others, Loop.predict)
         batches = self._stream(data, "data", batch_size)
         self._check_batch_size(batch_size, batches)
         predictions = self._predicting(batches)
@@ -329,7 +326,8 @@ class Loop:
                 batch = next(batches, END)
                 if batch is END:
                     break
-                prediction = self.objective.predict(self.objective.split(batch)[0])
+                with noted("in prediction", batch, self.objective):
+                    prediction = self.objective.predict(self.objective.split(batch)[0])
                 size, rng = size_of(batch), randomness.capture()
             yield prediction, size
         if rng is None:
@@ -349,9 +347,8 @@ class Loop:
 
         Raises:
             ConfigurationError: for a schedule of progress, since a single batch has no end to progress to.
-
         """
-        self._check_covered()
+        self._check_ready()
         state = self.state
         if any(update.sees_progress for update in state.optimizers.values()):
             raise ConfigurationError(
@@ -360,14 +357,19 @@ class Loop:
             )
         if self._by_hand is None:
             self._by_hand = runner(state, None)
+            self._next_reading = perf_counter() + READ_EVERY_SECONDS
             clear_gradients(self.objective)
         batch = to_device(batch, self.device)
-        with modes.training(self.objective), stream_of(state):
+        with modes.training(self.objective), stream_of(state), noted("in train_on_batch", batch, self.objective):
             step = self._by_hand(batch)
         state.step += 1
         state.samples += size_of(batch)
         state.last = step
         state.meter.record(step)
+        if perf_counter() >= self._next_reading:  # of what was skipped: nobody else may ask for a long time
+            self._next_reading = perf_counter() + READ_EVERY_SECONDS
+            for update in state.optimizers.values():
+                update.read()
         return step
 
     def on(
@@ -378,8 +380,10 @@ class Loop:
         first: int | None = None,
         after: int | str | None = None,
         before: int | str | None = None,
+        **others: Any,
     ) -> Callable[[Function], Function]:
         """Make a function a callback: ``@loop.on("after_batch", every=100)``. It takes the state, as any hook does."""
+        reject(others, Loop.on)
         if hook not in HOOKS:
             raise unknown("hook", hook, HOOKS)
 
@@ -395,7 +399,6 @@ class Loop:
 
         Returns:
             The directory; or a snapshot that ``restore`` takes.
-
         """
         state = self.state.state_dict()
         return state if path is None else checkpoint.write(path, state)
@@ -407,7 +410,6 @@ class Loop:
 
         Raises:
             CheckpointError: if it is damaged, or of another objective; nothing is changed then.
-
         """
         self._attach_callbacks()
         self.state.load_state_dict(source if isinstance(source, Mapping) else checkpoint.read(source))
@@ -439,8 +441,8 @@ class Loop:
         validate: str | int | Every,
         limit: int | None,
     ) -> Run:
-        """Check and put together all that a fit needs, before anything is changed."""
-        self._check_covered()
+        """Check and put together all that a fit needs; what is wrong is found before anything is trained."""
+        self._check_ready()
         state = self.state
         stream = self._stream(train, "train", batch_size, shuffle=True, limit=limit)
         validating = None if validation is None else self._stream(validation, "validation", batch_size, limit=limit)
@@ -459,6 +461,15 @@ class Loop:
         if state.batch_index == 0:
             state.meter.reset()
         state.epoch_length, state.plan, state.validates = length, plan, validating is not None
+        if self.directory is not None:
+            self._check_directory(self.directory)
+        if modes.asleep(self.objective):
+            warnings.warn(
+                "all parts of the objective are in eval mode, so BatchNorm and Dropout will not train: call objective.train(), "
+                "unless that is meant",
+                AxonWarning,
+                stacklevel=3,
+            )
         callbacks = [*self.callbacks, ProgressBar()] if self.progress else self.callbacks
         self._attach_callbacks()
         if validate is None:
@@ -498,8 +509,10 @@ class Loop:
                 f"batches: leave it out, or pass a Dataset"
             )
 
-    def _check_covered(self) -> None:
+    def _check_ready(self) -> None:
         state = self.state
+        if state.status == "running":
+            raise ConfigurationError("this Loop is running already: a hook of it cannot train with it too; use another Loop")
         if not state.optimizers:
             raise OptimizerError(
                 "this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)"
@@ -508,10 +521,21 @@ class Loop:
         if left_out:
             raise uncovered_error(left_out)
 
+    def _check_directory(self, directory: Path) -> None:
+        history = directory / "history.jsonl"
+        if self.state.step == 0 and history.is_file() and history.stat().st_size:
+            raise ConfigurationError(
+                f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by restore()"
+            )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(f"directory={str(directory)!r} cannot be made: {error}") from error
+
     def _attach_callbacks(self) -> None:
         for key, one in callback.keys(self.callbacks).items():
             if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
-                self.state.attach(f"callback/{key}", one)
+                self.state.attach(f"callback/{key}", one, replace=True)
 
 
 def _optimizers(optimizer: Any) -> dict[str, Optimizer]:

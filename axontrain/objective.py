@@ -26,7 +26,6 @@ class Step:
         weight: how many items ``loss`` is the mean of: an int, or a scalar tensor where only the device knows.
         values: further named scalars to record, weighted in the same way.
         skipped: set by the engine: a scalar tensor, above 0 if the update was skipped as not finite.
-
     """
 
     loss: Tensor
@@ -64,7 +63,8 @@ class Objective(nn.Module):
 
     def predict(self, inputs: Any) -> Any:
         """Map a batch of inputs to predictions: ``(B, ...) -> (B, ...)`` in most objectives."""
-        raise ObjectiveError(f"{type(self).__name__}.predict is not written: def predict(self, inputs): ...")
+        hint = "; rename its forward to predict" if type(self).forward is not Objective.forward else ""
+        raise ObjectiveError(f"{type(self).__name__}.predict is not written: def predict(self, inputs): ...{hint}")
 
     def loss(self, predictions: Any, targets: Any) -> Tensor | Mapping[str, Tensor]:
         """Say how wrong predictions are: a scalar, the mean over the batch, or a mapping of terms to be summed."""
@@ -108,6 +108,17 @@ class Objective(nn.Module):
         """Predict; so that an objective is called like any module."""
         return self.predict(inputs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in METHODS and (isinstance(value, (nn.Module, Tensor)) or not callable(value)):
+            raise ConfigurationError(
+                f"{type(self).__name__}.{name} is a method of every Objective: give the attribute ({kind_of(value)}) another "
+                f"name, as self.{OTHER_NAMES.get(name, f'my_{name}')}"
+            )
+        if name == "metrics":  # a torchmetrics object is a module, but no part of the model
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     if TYPE_CHECKING:  # nn.Module's __call__ is typed as Any: an objective's has a signature.
 
         def __call__(self, inputs: Any) -> Any: ...
@@ -127,6 +138,10 @@ class Objective(nn.Module):
         return Step(total(loss, self), predictions, targets, self.weight(batch), _detached(loss))
 
 
+METHODS = ("predict", "loss", "split", "weight", "train_step", "eval_step")
+OTHER_NAMES = {"loss": "criterion", "predict": "net", "weight": "class_weights"}
+
+
 class Supervised(Objective):
     """An objective made of an existing model and a loss.
 
@@ -141,7 +156,6 @@ class Supervised(Objective):
     >>> objective = Supervised(nn.Linear(4, 3), "cross_entropy", metrics=["accuracy"])
     >>> objective(torch.zeros(2, 4)).shape
     torch.Size([2, 3])
-
     """
 
     def __init__(
@@ -157,6 +171,8 @@ class Supervised(Objective):
             if loss not in LOSSES:
                 raise unknown("loss", loss, LOSSES, "Any callable of (predictions, targets) will do too.")
             loss = LOSSES[loss]
+        elif isinstance(loss, type):
+            raise ConfigurationError(f"Supervised(loss={loss.__name__}) is a class: call it, as in {loss.__name__}()")
         elif not callable(loss):
             raise ConfigurationError(f"Supervised(loss=...) takes a name or a callable, not {kind_of(loss)}")
         self.model = model

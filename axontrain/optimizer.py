@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from axontrain import schedules
 from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown, whole
 
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -50,7 +52,6 @@ class Optimizer:
 
     Raises:
         ConfigurationError: for a name, an option or a value that cannot work.
-
     """
 
     def __init__(
@@ -81,6 +82,9 @@ class Optimizer:
         self.patience = whole("patience", patience, what="of updates")
         if schedule is not None and not callable(schedule):
             raise ConfigurationError(f"schedule={schedule!r}: a function of progress, or a torch scheduler factory")
+        name = getattr(schedule, "__name__", "")
+        if schedule is not None and getattr(schedules, name, None) is schedule:
+            raise ConfigurationError(f"schedule={name}: call it, as in ax.schedules.{name}()")
         self.kwargs = kwargs
         _check_options(self.factory, self.name, kwargs)
         for selection, options in self.groups.items():
@@ -110,7 +114,6 @@ def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, d
 
     Raises:
         OptimizerError: where a selection matches nothing, or two optimizers cover one parameter.
-
     """
     parameters = dict(module.named_parameters())
     taken: dict[str, dict[str, nn.Parameter]] = {}
@@ -154,7 +157,6 @@ def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[
 
     Raises:
         OptimizerError: where a group matches nothing, or two groups match one parameter.
-
     """
     rest = dict(parameters)
     main = Part(optimizer.factory, {"lr": optimizer.lr, **optimizer.kwargs}, [])
@@ -226,12 +228,16 @@ def names() -> dict[str, type[torch.optim.Optimizer]]:
     found = {}
     for name in dir(torch.optim):
         value = getattr(torch.optim, name)
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer:
+        if not isinstance(value, type) or not issubclass(value, torch.optim.Optimizer):
+            continue
+        if value not in (torch.optim.Optimizer, torch.optim.LBFGS):  # which evaluates the loss several times an update
             found[name.lower()] = value
     return found
 
 
 def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
+    if factory is torch.optim.LBFGS or (isinstance(factory, str) and factory.lower() == "lbfgs"):
+        raise ConfigurationError("LBFGS evaluates the loss several times an update, which one step of a Loop does not do")
     if isinstance(factory, str):
         known = names()
         if factory.lower() not in known:
@@ -244,8 +250,6 @@ def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
         )
     if not callable(factory):
         raise ConfigurationError(f"an optimizer is a name, a torch.optim class or a callable, not {kind_of(factory)}")
-    if factory is getattr(torch.optim, "LBFGS", None):
-        raise ConfigurationError("LBFGS evaluates the loss several times an update, which one step of a Loop does not do")
     return factory  # type: ignore[no-any-return]
 
 
@@ -294,6 +298,8 @@ def _number(name: str, value: Any, *, at_least: float | None = None, above: floa
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
         raise ConfigurationError(f"{name}={value!r}: a number")
     number = float(value)
+    if not math.isfinite(number):
+        raise ConfigurationError(f"{name}={value!r}: a finite number")
     if at_least is not None and not number >= at_least:
         raise ConfigurationError(f"{name}={value!r}: {at_least:g} or more")
     if above is not None and not number > above:

@@ -82,6 +82,7 @@ def preflight(
                 report.problems.append(f"the objective cannot be copied, so nothing more was looked at: {error}")
                 return report
             several = inspect.isgeneratorfunction(objective.train_step)
+            _one_sample_left(trained, streams["train"], report)
             if _one_step(_copied(objective), batch, metrics, seed, several, report) and _covered(objective, optimizers, report):
                 if _falls(trained, optimizers, batch, seed, several, report):
                     _survives(objective, trained, optimizers, batch, seed, report)
@@ -108,8 +109,17 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
     if several:
         report.notes.append("train_step is a generator: its losses are looked at in training only")
         return True
+    if modes.asleep(objective):
+        report.problems.append(
+            "all parts of the objective are in eval mode, so BatchNorm and Dropout will not train: call objective.train()"
+        )
     try:
-        with modes.training(objective), randomness.seeded(seed):
+        with (
+            modes.training(objective),
+            randomness.seeded(seed),
+            warnings.catch_warnings(record=True) as warned,
+        ):
+            warnings.simplefilter("always")
             if overridden(objective, "predict"):
                 inputs = objective.split(_fresh(batch))[0]
                 told = kind_of(inputs)
@@ -120,6 +130,8 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
     except Exception as error:
         report.problems.append(f"the first step fails: {_told(error)} {_dtypes(objective, batch)}".rstrip())
         return False
+    for text in dict.fromkeys(str(one.message).strip().splitlines()[0] for one in warned):
+        report.problems.append(f"the first step is warned of: {text}")
     report.notes.append(f"loss: {float(step.loss.detach()):.6g}, {kind_of(step.loss)}, the mean over {_weight(step)} items")
     without = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     if without:
@@ -129,6 +141,17 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
         )
     _measured(step, metrics, report)
     return True
+
+
+def _one_sample_left(objective: nn.Module, stream: Stream, report: Report) -> None:
+    loader = stream.loader
+    if loader is None or loader.drop_last or len(loader.dataset) % loader.batch_size != 1 or loader.batch_size == 1:
+        return
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules()):
+        report.problems.append(
+            f"{len(loader.dataset)} samples in batches of {loader.batch_size} leave a last batch of one, which BatchNorm "
+            f"may refuse: ax.Loader(..., drop_last=True)"
+        )
 
 
 def _one_evaluation(
@@ -178,7 +201,7 @@ def _falls(
     """Train on one batch: nothing is easier to learn by heart."""
     losses: list[Tensor] = []
     try:
-        train_step = _trainer(objective, optimizers, seed)[1]
+        state, train_step = _trainer(objective, optimizers, seed)
         with modes.training(objective), warnings.catch_warnings():
             warnings.simplefilter("ignore", NonFiniteWarning)
             for _ in range(FALL_STEPS):
@@ -189,6 +212,9 @@ def _falls(
         return False
     values = torch.stack([loss.reshape(()) for loss in losses]).tolist()
     told = f"on one batch, in {FALL_STEPS} steps: from {values[0]:.6g} to {values[-1]:.6g}"
+    idle = [name for name, update in state.optimizers.items() if not update.steps]
+    if idle:
+        report.problems.append(f"train_step never yields a loss for the optimizer {', '.join(map(repr, idle))}")
     if several:
         report.notes.append(f"the losses' sum went {told}; losses that work against each other need not fall")
     elif not all(value == value and abs(value) != float("inf") for value in values):

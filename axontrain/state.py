@@ -43,7 +43,6 @@ class History:
     >>> history.add(10, 1, {"val/loss": 0.6})
     >>> history["val/loss"], history.rows
     ([0.6], [{'epoch': 1, 'step': 10, 'train/loss': 0.5, 'val/loss': 0.6}])
-
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -74,6 +73,12 @@ class History:
         if not rows:
             raise unknown("reading", name, self.columns)
         return (min if mode == "min" else max)(rows, key=lambda row: row[name])
+
+    def copy(self) -> History:
+        """The readings so far, which stay as they are when more are added here."""
+        copied = History()
+        copied.rows = [dict(row) for row in self.rows]
+        return copied
 
     def __getitem__(self, name: str) -> list[Any]:
         values = [row[name] for row in self.rows if name in row]
@@ -118,7 +123,6 @@ class LoopState:
         last: the last Step; its loss and predictions are on the device.
         error: in ``on_error``, what was raised.
         validates: whether the present fit has validation data.
-
     """
 
     def __init__(self, objective: nn.Module, optimizers: Mapping[str, Update], seed: int, train_meter: Meter) -> None:
@@ -161,7 +165,6 @@ class LoopState:
 
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
-
         """
         for optimizer in self.optimizers.values():
             optimizer.read()
@@ -177,12 +180,12 @@ class LoopState:
         self.values.update(readings)
         self.history.add(self.step, self.epoch, readings)
 
-    def attach(self, name: str, part: Stateful) -> None:
+    def attach(self, name: str, part: Stateful, *, replace: bool = False) -> None:
         """Let an object of yours take part in saving and restoring, under a name that stays the same between runs."""
         if not isinstance(part, Stateful):
             raise ConfigurationError(f"attach({name!r}): {kind_of(part)} has no state_dict and load_state_dict")
-        if self.attached.get(name, part) is not part:
-            raise ConfigurationError(f"attach({name!r}): another object has that name")
+        if self.attached.get(name, part) is not part and not replace:
+            raise ConfigurationError(f"attach({name!r}): another object has that name; replace=True puts this one in its place")
         self.attached[name] = part
         if name in self._waiting:
             part.load_state_dict(self._waiting.pop(name))
@@ -232,7 +235,6 @@ class LoopState:
 
         Raises:
             CheckpointError: if it is of another objective or other optimizers; nothing is changed then.
-
         """
         own = self.objective.state_dict()
         _check_fit(own, state["objective"], type(self.objective).__name__)
@@ -285,9 +287,10 @@ class Result:
         status: "completed" (a limit was reached), "stopped" (a callback said so), "interrupted" (Ctrl-C).
         reason: which limit, which callback and why, in words.
         values: the last readings.
-        history: all readings.
-        state: the loop's state, live.
-
+        history: all readings up to the end of this fit.
+        state: the loop's state, live: it moves on with another fit.
+        epoch: epochs completed at its end.
+        step: batches trained on at its end.
     """
 
     status: str
@@ -295,6 +298,8 @@ class Result:
     values: dict[str, Any]
     history: History
     state: LoopState = field(repr=False)
+    epoch: int = 0
+    step: int = 0
 
     @property
     def ok(self) -> bool:
@@ -312,7 +317,7 @@ class Result:
         return display.rich(self.history.rows, self._caption())
 
     def _caption(self) -> str:
-        return f"{self.status} ({self.reason}) at epoch {self.state.epoch}, step {self.state.step}"
+        return f"{self.status} ({self.reason}) at epoch {self.epoch}, step {self.step}"
 
 
 def _cloned(value: Any) -> Any:

@@ -32,8 +32,8 @@ MOST_PENDING = 1024
 class Update:
     """An :class:`Optimizer` bound to parameters.
 
-    ``lr`` is the main group's present learning rate; ``skipped`` counts the updates left out so far (as of the last
-    reading); ``optimizers`` are the torch optimizers.
+    ``lr`` is the main group's present learning rate; ``steps`` counts its updates in this process; ``skipped`` counts those
+    left out so far (as of the last reading); ``optimizers`` are the torch optimizers.
     """
 
     def __init__(self, name: str, spec: Optimizer, parameters: Mapping[str, nn.Parameter], *, fused: bool = True) -> None:
@@ -48,6 +48,7 @@ class Update:
             self._guards.append(Guard(optimizer, is_fused))
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
+        self.steps = 0
         self.skipped = 0
         self.in_a_row = 0
         self.clock: Clock | None = None
@@ -81,7 +82,6 @@ class Update:
 
         Returns:
             A scalar float tensor: above 0 if the update was skipped.
-
         """
         if len(self._pending) >= MOST_PENDING:
             self.read()
@@ -118,6 +118,7 @@ class Update:
         for parameter in self.tensors:
             parameter.grad = None
         self._pending.append((step, flag, loss, terms))
+        self.steps += 1
         return flag
 
     def read(self) -> None:
@@ -198,7 +199,6 @@ class Update:
 
         Raises:
             CheckpointError: if it is of other parameters or of another number of optimizers or schedules.
-
         """
         self.check(state)
         for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):

@@ -159,7 +159,7 @@ def test_a_result_tells_how_it_ended():
     result = loop_of().fit(batches(), batches(2), epochs=2)
     assert (result.status, result.reason, result.ok) == ("completed", "epochs=2", True)
     assert set(result.values) == {"train/loss", "train/accuracy", "val/loss", "val/accuracy"}
-    assert result.history is result.state.history
+    assert result.history == result.state.history
     assert str(result).endswith("completed (epochs=2) at epoch 2, step 8")
     assert "val/accuracy" in str(result)
     assert "completed (epochs=2) at epoch 2, step 8" in result._repr_html_()
@@ -169,9 +169,9 @@ def test_a_result_tells_how_it_ended():
 def test_the_values_of_a_result_stay_when_training_goes_on():
     loop = loop_of()
     result = loop.fit(batches(), epochs=1)
-    before = dict(result.values)
+    before, said, rows = dict(result.values), str(result), len(result.history)
     loop.fit(batches(), epochs=1)
-    assert result.values == before
+    assert (result.values, str(result), len(result.history)) == (before, said, rows)
 
 
 @pytest.mark.parametrize(("status", "ok"), [("completed", True), ("stopped", True), ("interrupted", False)])

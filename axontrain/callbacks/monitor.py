@@ -34,7 +34,6 @@ class Monitor(Callback):
         patience: after so many looks in a row without a better reading it acts.
         mode: "min" or "max", which is better; told from the name where it is a known one.
         min_delta: by how much a reading has to be better.
-
     """
 
     def __init__(self, monitor: str, *, patience: int, mode: str | None = None, min_delta: float = 0.0, **cadence: Any) -> None:
@@ -46,7 +45,7 @@ class Monitor(Callback):
         self.monitor, self.min_delta = monitor, min_delta
         self.patience = whole("patience", patience, what="of looks")
         self.mode = mode or better_of(monitor)
-        self.best = math.inf if self.mode == "min" else -math.inf
+        self.best = self._worst()
         self.best_step: int | None = None
         self.waited = 0
 
@@ -56,7 +55,9 @@ class Monitor(Callback):
             raise ConfigurationError(
                 f"{self!r} watches {self.monitor!r}, but this fit has no validation data: pass fit(train, validation, ...)"
             )
-        if self.waited >= self.patience:  # it ended the fit before; this one is to go on
+        if state.step == 0:  # a run from the beginning: what another Loop reached says nothing of this one
+            self.best, self.best_step, self.waited = self._worst(), None, 0
+        elif self.waited >= self.patience:  # it ended the fit before; this one is to go on
             self.waited = 0
         return None
 
@@ -82,6 +83,9 @@ class Monitor(Callback):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.monitor!r}, patience={self.patience})"
+
+    def _worst(self) -> float:
+        return math.inf if self.mode == "min" else -math.inf
 
     def _look(self, state: LoopState) -> Answer:
         if self.monitor not in state.values:

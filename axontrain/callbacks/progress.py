@@ -30,7 +30,6 @@ class ProgressBar(Callback):
 
     >>> ProgressBar("lines").style
     'lines'
-
     """
 
     def __init__(self, style: str = "auto", *, stream: Any = None) -> None:

@@ -24,7 +24,6 @@ class ReduceLROnPlateau(Monitor):
 
     >>> ReduceLROnPlateau("val/loss", factor=0.5, patience=3)
     ReduceLROnPlateau('val/loss', patience=3)
-
     """
 
     def __init__(

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextlib.contextmanager
@@ -15,6 +17,13 @@ def training(module: nn.Module) -> Iterator[None]:
         if not module.training:
             module.train()
         yield
+
+
+def asleep(module: nn.Module) -> bool:
+    """Whether a module is in train mode by name only: all its parts are in eval mode, as pretrained models arrive."""
+    parts = [part for part in module.modules() if part is not module]
+    dependent = any(isinstance(part, (_NormBase, _DropoutNd)) for part in parts)
+    return module.training and dependent and not any(part.training for part in parts)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from torch import nn
 from axontrain import randomness
 from axontrain.callback import Hooks
 from axontrain.clock import Cadence, Plan
-from axontrain.data.stream import Stream, describe
+from axontrain.data.stream import Stream
 from axontrain.execution import modes
+from axontrain.execution.notes import note
 from axontrain.execution.signals import interruptible
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
-from axontrain.objective import Objective
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
@@ -49,6 +49,7 @@ class Run:
     reason: str = ""
     batch: Any = None
     validated: bool = False
+    exhausted: bool = False
 
     def goes_on(self) -> bool:
         """Whether there is more to train: no limit reached, no stop asked for."""
@@ -63,13 +64,28 @@ class Run:
         return reached is None
 
     def batches(self) -> Iterator[Any]:
-        """The batches of the present epoch that have not been trained on."""
-        state = self.state
-        return self.train.batches(state.seed, state.epoch, state.batch_index)
+        """The batches of the present epoch that have not been trained on; none once a stop was asked for."""
+        state, self.exhausted = self.state, False
+        if state.request is not None:
+            return
+        for batch in self.train.batches(state.seed, state.epoch, state.batch_index):
+            self.batch = batch
+            yield batch
+            self.batch = None
+        if state.batch_index == 0:
+            raise self.train.empty()
+        self.exhausted = True
+        state.epoch_length = state.batch_index  # data of no known length has one now
 
     def epoch_is_over(self) -> bool:
-        """Whether the epoch's last batch has been trained on, as far as that can be known beforehand."""
-        return self.state.epoch_length is not None and self.state.batch_index >= self.state.epoch_length
+        """Whether the present epoch counts as completed: its batches are through, or a hook ended it."""
+        state = self.state
+        through = state.epoch_length is not None and state.batch_index >= state.epoch_length
+        return self.exhausted or through or isinstance(state.request, StopEpoch)
+
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was seen."""
+        return isinstance(self.state.request, Interrupt)
 
     def look_ahead(self) -> None:
         """Work out at which step and at what time the loop next has to look up; the batches between need no thought."""
@@ -86,7 +102,8 @@ class Run:
     def result(self) -> Result:
         """How it ended."""
         state = self.state
-        return Result(self.status, self.reason, dict(state.values), state.history, state)
+        values, history = dict(state.values), state.history.copy()
+        return Result(self.status, self.reason, values, history, state, state.epoch, state.step)
 
 
 @contextlib.contextmanager
@@ -115,15 +132,13 @@ def session(run: Run) -> Iterator[None]:
             raise
         except BaseException as error:
             state.status, state.error = "failed", error
-            note(error, run)
+            note(error, where(run), run.batch, state.objective)
             if hooks.on_error is not None:
                 hooks.on_error(state)
             raise
         finally:
             state.stop_clock()
             run.batch = None
-            if isinstance(state.request, StopEpoch):
-                state.request = None
             if hooks.after_fit is not None:
                 hooks.after_fit(state)
             state.request, state.plan = None, None
@@ -155,22 +170,7 @@ def clear_gradients(module: nn.Module) -> None:
         parameter.grad = None
 
 
-def note(error: BaseException, run: Run) -> None:
-    """Tell where an error happened: epoch, step, and the shapes and dtypes of the batch."""
+def where(run: Run) -> str:
+    """Where a fit stands, for a note on an error."""
     state = run.state
-    where = f"in epoch {state.epoch}, step {state.step} (batch {state.batch_index} of the epoch)"
-    error.add_note(where if run.batch is None else f"{where}, on the batch {describe(run.batch)}")
-    hint = _dtype_hint(error, run)
-    if hint:
-        error.add_note(hint)
-
-
-def _dtype_hint(error: BaseException, run: Run) -> str:
-    # NumPy's default is float64, torch's float32: the commonest first error of all, and torch does not say how to mend it.
-    text = describe(run.batch)
-    if "float64" in text and ("dtype" in str(error) or "Double" in str(error)):
-        objective: Objective = run.state.objective  # type: ignore[assignment]  # checked by the Loop
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in objective.parameters()}
-        if "float64" not in dtypes:
-            return f"the batch holds float64, the parameters are {', '.join(sorted(dtypes))}: convert the data, as by .float()"
-    return ""
+    return f"in epoch {state.epoch}, step {state.step} (batch {state.batch_index} of the epoch)"

@@ -51,6 +51,8 @@ class OneLoss:
         if self.after_backward is not None:
             self.after_backward(self.state)
         step.loss = loss = loss.detach()
+        if isinstance(step.predictions, Tensor):  # whoever keeps the step is not to keep its graph
+            step.predictions = step.predictions.detach()
         try:
             for update in self.updates:
                 skipped = update(loss, step.values)
@@ -139,7 +141,6 @@ def check(step: Any, objective: Objective, what: str = "") -> None:
     Raises:
         ObjectiveError: if it is no Step.
         LossError: if its loss is no scalar tensor, has no graph, or sits on another device than the parameters.
-
     """
     name = type(objective).__name__
     if not isinstance(step, Step):

@@ -64,11 +64,9 @@ def test_train_on_batch_and_fit_go_on_from_each_other():
 
 def test_the_readings_of_a_fit_are_of_its_own_batches():
     loop = noisy_loop(optimizer=ax.Optimizer("sgd", lr=0.0))
-    loop.objective.eval()  # no dropout
-    for part in loop.objective.modules():
+    for part in loop.objective.modules():  # what depends on the mode stands still
         if isinstance(part, (nn.Dropout, nn.BatchNorm1d)):
             part.eval()
-    loop.objective.training = True
     far = (BATCHES[0][0] * 100, BATCHES[0][1])
     loop.train_on_batch(far)
     result = loop.fit(BATCHES, epochs=1)

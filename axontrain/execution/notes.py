@@ -1,0 +1,47 @@
+"""Notes on errors: where it happened, on what batch, and what is commonly behind it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from axontrain.errors import kind_of
+
+
+def note(error: BaseException, where: str, batch: Any, module: nn.Module) -> None:
+    """Add to an error where it happened, the shapes and dtypes of the batch, and a hint where one is known."""
+    told = "" if batch is None else f"on the batch {kind_of(batch)}"
+    text = ", ".join(part for part in (where, told) if part)
+    if text:
+        error.add_note(text)
+    for hint in _hints(str(error), kind_of(batch), module):
+        error.add_note(hint)
+
+
+@contextlib.contextmanager
+def noted(where: str, batch: Any, module: nn.Module) -> Iterator[None]:
+    """Note errors of the block."""
+    try:
+        yield
+    except Exception as error:
+        note(error, where, batch, module)
+        raise
+
+
+def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
+    # NumPy's default is float64, torch's float32: the commonest first error of all, and torch does not say how to mend it.
+    if "float64" in batch and ("dtype" in text or "Double" in text):
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
+        if "float64" not in dtypes:
+            yield f"the batch holds float64, the parameters are {', '.join(dtypes)}: convert the data, as by .float()"
+    if "0D or 1D target" in text or "multi-target not supported" in text:
+        yield "cross_entropy takes class numbers of shape (B,): for targets of shape (B, 1), squeeze them, as by .squeeze(-1)"
+    if "expected scalar type Long" in text or "not implemented for 'Int'" in text or "expected target dtype" in text:
+        yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
+    if "more than 1 value per channel" in text:
+        yield "a BatchNorm cannot train on a batch of one sample: ax.Loader(..., drop_last=True) leaves a small last batch out"
+    if "must be Tensor, not list" in text or "must be Tensor, not tuple" in text or "must be Tensor, not dict" in text:
+        yield f"predict was given what split made of {batch}: override split(batch) to return (inputs, targets)"
