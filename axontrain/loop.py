@@ -86,11 +86,8 @@ class Loop:
                 )
                 raise ConfigurationError(f"{name} is {kind_of(given)}, no ax.Objective: {hint}")
         self.device = _device(device)
-        try:
-            self.objective = objective.to(self.device)
-        except (AssertionError, RuntimeError) as error:
-            raise ConfigurationError(f"device={device!r} cannot be used: {error}") from error
-        self.evaluate_with = None if evaluate_with is None else evaluate_with.to(self.device)
+        self.objective = _moved(objective, self.device)
+        self.evaluate_with = None if evaluate_with is None else _moved(evaluate_with, self.device)
         self.metrics = {**resolve(objective.metrics), **resolve(metrics)}
         judge = objective if evaluate_with is None else evaluate_with
         self._eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
@@ -555,6 +552,15 @@ def _device(device: str | torch.device) -> torch.device:
         except RuntimeError as error:
             raise ConfigurationError(f"device={device!r}: {str(error).splitlines()[0]}") from error
     return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _moved(objective: Objective, device: torch.device) -> Objective:
+    if all(tensor.device == device for tensor in (*objective.parameters(), *objective.buffers())):
+        return objective
+    try:
+        return objective.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigurationError(f"device={str(device)!r} cannot be used: {error}") from error
 
 
 def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
