@@ -7,6 +7,7 @@ All that is optional is wrapped around the objective or the data once, before th
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -270,20 +271,14 @@ class Loop:
         meter.reset()
         with self._evaluating(objective):
             for index, batch in enumerate(stream.batches(self.state.seed, 0)):
-                if run is not None:
-                    run.batch = batch
+                with noted(f"in evaluation, batch {index}", batch, objective):
                     step = objective.eval_step(batch)
-                else:
-                    with noted(f"in evaluation, batch {index}", batch, objective):
-                        step = objective.eval_step(batch)
                 if index == 0:
                     check_eval(step, objective)
                 step.loss = step.loss.detach()
                 meter.record(step)
-                if run is not None:
-                    run.batch = None
-                    if run.interrupted():
-                        return {}
+                if run is not None and run.interrupted():
+                    return {}
         if not len(meter):
             raise stream.empty()
         return meter.read(last=True)
@@ -438,45 +433,38 @@ class Loop:
         validate: str | int | Every,
         limit: int | None,
     ) -> Run:
-        """Check and put together all that a fit needs; what is wrong is found before anything is trained."""
+        """Check and put together all that a fit needs; what is wrong is found before anything is changed."""
         self._check_ready()
-        state = self.state
+        if validate is None:
+            raise ConfigurationError("validate=None: to validate never, leave the validation data out")
+        state, every, plan = self.state, Every.parse(validate, "validate"), _plan(epochs, steps, time)
         stream = self._stream(train, "train", batch_size, shuffle=True, limit=limit)
         validating = None if validation is None else self._stream(validation, "validation", batch_size, limit=limit)
-        self._check_batch_size(batch_size, *[one for one in (stream, validating) if one is not None])
-        if self._last_stream is not None and not stream.goes_on_from(self._last_stream):
-            state.batch_index = 0  # other batches than those that the epoch had begun with: it begins anew
-        plan = _plan(epochs, steps, time)
-        plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
-        for one in (stream, validating):
-            if one is not None and one.length == 0:
+        streams = [one for one in (stream, validating) if one is not None]
+        self._check_batch_size(batch_size, *streams)
+        for one in streams:
+            if one.length == 0:
                 raise one.empty()
-        length = stream.length
-        if length is not None and state.batch_index >= length:
-            state.batch_index = 0
-        plan.start_index = state.batch_index
-        if state.batch_index == 0:
-            state.meter.reset()
-        state.epoch_length, state.plan, state.validates = length, plan, validating is not None
         if self.directory is not None:
             self._check_directory(self.directory)
         if modes.asleep(self.objective):
-            warnings.warn(
-                "all parts of the objective are in eval mode, so BatchNorm and Dropout will not train: call objective.train(), "
-                "unless that is meant",
-                AxonWarning,
-                stacklevel=3,
-            )
-        callbacks = [*self.callbacks, ProgressBar()] if self.progress else self.callbacks
-        self._attach_callbacks()
-        if validate is None:
-            raise ConfigurationError("validate=None: to validate never, leave the validation data out")
-        cadence = state.cadence("validate", Every.parse(validate, "validate"))
-        cadence.start(state)
-        hooks = Hooks(callbacks, state)
+            warnings.warn(f"{modes.ASLEEP}, unless that is meant", AxonWarning, stacklevel=3)
+
+        same = self._last_stream is None or stream.goes_on_from(self._last_stream)
+        if not same or state.batch_index >= (stream.length or math.inf):
+            state.batch_index = 0  # other batches than those that the epoch had begun with: it begins anew
+        if state.batch_index == 0:
+            state.meter.reset()
+        plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
+        plan.start_index = state.batch_index
+        state.epoch_length, state.plan, state.validates = stream.length, plan, validating is not None
         self._last_stream = stream
-        meter = Meter(self._eval_metrics)
-        return Run(state, plan, stream, validating, meter, cadence, hooks, runner(state, hooks.after_backward))
+        self._attach_callbacks()
+        cadence = state.cadence("validate", every)
+        cadence.start(state)
+        hooks = Hooks([*self.callbacks, ProgressBar()] if self.progress else self.callbacks, state)
+        train_step = runner(state, hooks.after_backward)
+        return Run(state, plan, stream, validating, Meter(self._eval_metrics), cadence, hooks, train_step)
 
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.

@@ -110,9 +110,7 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
         report.notes.append("train_step is a generator: its losses are looked at in training only")
         return True
     if modes.asleep(objective):
-        report.problems.append(
-            "all parts of the objective are in eval mode, so BatchNorm and Dropout will not train: call objective.train()"
-        )
+        report.problems.append(modes.ASLEEP)
     try:
         with (
             modes.training(objective),

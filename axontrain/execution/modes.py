@@ -19,6 +19,9 @@ def training(module: nn.Module) -> Iterator[None]:
         yield
 
 
+ASLEEP = "all parts of the objective are in eval mode, so BatchNorm and Dropout will not train: call objective.train()"
+
+
 def asleep(module: nn.Module) -> bool:
     """Whether a module is in train mode by name only: all its parts are in eval mode, as pretrained models arrive."""
     parts = [part for part in module.modules() if part is not module]
