@@ -19,21 +19,34 @@ from axontrain.errors import CheckpointError, kind_of
 TENSOR, FLOAT = "$tensor", "$float"
 FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
+# What is written can be read back: however deep the stack is by then, and however Python's limit of digits is set.
+DEPTH = 100
+DIGITS = 640
+BEYOND = 10**DIGITS
+
+# What safetensors has a name for.
+DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+}  # fmt: skip
+
 
 def encode(tree: Any) -> tuple[str, dict[str, Tensor]]:
-    """Split a tree into JSON text and tensors (on the CPU, contiguous).
+    """Split a tree into JSON text and tensors (on the CPU, contiguous, no two of one storage).
 
     >>> text, tensors = encode({"a": [1, torch.tensor(2.0)]})
     >>> text, tensors
-    ('{"a":[1,{"$tensor":"a/1"}]}', {'a/1': tensor(2.)})
+    ('{"a":[1,{"$tensor":"state/a/1"}]}', {'state/a/1': tensor(2.)})
 
     Raises:
-        CheckpointError: naming the place of a value that is no number, text, None, tensor, list or mapping with text keys.
+        CheckpointError: naming the place of a value that is no number, text, None, tensor, list or mapping with text keys,
+            or that could not be read back.
 
     """
     tensors: dict[str, Tensor] = {}
     plain = _encoded(tree, (), tensors)
-    return json.dumps(plain, allow_nan=False, separators=(",", ":"), ensure_ascii=True), tensors
+    return json.dumps(plain, allow_nan=False, separators=(",", ":"), ensure_ascii=True), _apart(tensors)
 
 
 def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -44,25 +57,26 @@ def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
 
     """
     try:
-        plain = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        return _decoded(plain, tensors)
+        plain = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
+        return _decoded(plain, tensors, 0)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the state is no JSON that axontrain wrote: {error or type(error).__name__}") from error
 
 
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    if value is None or isinstance(value, (bool, str)) or type(value) is int:
+    if len(path) > DEPTH:
+        raise CheckpointError(f"{_place(path[:6])} goes on for more than {DEPTH} levels, or holds itself: it cannot be saved")
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if type(value) is int:
+        if abs(value) >= BEYOND:
+            raise CheckpointError(f"{_place(path)} is a number of more than {DIGITS} digits: it could not be read back")
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {FLOAT: str(float(value))}
     if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_quantized:
-            raise CheckpointError(f"{_place(path)} is a tensor that is not dense ({value.layout}): it cannot be saved")
-        name = base = "/".join(path)
-        number = 2
-        while name in tensors:
-            name, number = f"{base}#{number}", number + 1
-        tensors[name] = value.detach().to("cpu").contiguous()
+        name = _name(path, tensors)
+        tensors[name] = _dense(value, path)
         return {TENSOR: name}
     if isinstance(value, Mapping):
         for key in value:
@@ -77,22 +91,58 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
     )
 
 
-def _decoded(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _name(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:
+    """A tensor's name: its place, for people to read. It is looked up as it is, and never is a path of files."""
+    # safetensors keeps "__metadata__" for itself, so that no name begins with a key; and it writes UTF-8 only.
+    name = base = "/".join(("state", *path)).encode("utf-8", "backslashreplace").decode("utf-8")
+    number = 2
+    while name in tensors:  # keys may hold a slash
+        name, number = f"{base}#{number}", number + 1
+    return name
+
+
+def _dense(value: Tensor, path: tuple[str, ...]) -> Tensor:
+    if value.layout is not torch.strided:
+        raise CheckpointError(f"{_place(path)} is a tensor that is not dense ({value.layout}): it cannot be saved")
+    if value.dtype not in DTYPES or value.is_meta:
+        raise CheckpointError(f"{_place(path)} is {kind_of(value)} on {value.device}: safetensors holds no such tensor")
+    # A conjugate or negative view is a flag on other numbers, and the bytes are what is written.
+    return value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each tensor a storage of its own, which safetensors insists on: tied weights and slices are written each whole."""
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return apart
+
+
+def _decoded(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
+    if depth > DEPTH:
+        raise ValueError(f"it goes on for more than {DEPTH} levels")
     if isinstance(value, list):
-        return [_decoded(item, tensors) for item in value]
+        return [_decoded(item, tensors, depth + 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("a number is too large")
     if not isinstance(value, dict):
         return value
     if set(value) == {TENSOR}:
-        if value[TENSOR] not in tensors:
-            raise ValueError(f"it names a tensor {value[TENSOR]!r} that is not there")
-        return tensors[value[TENSOR]]
+        name = value[TENSOR]
+        if not isinstance(name, str) or name not in tensors:
+            raise ValueError(f"it names a tensor {name!r} that is not there")
+        return tensors[name]
     if set(value) == {FLOAT}:
-        if value[FLOAT] not in FLOATS:
-            raise ValueError(f"{value[FLOAT]!r} is no number")
-        return FLOATS[value[FLOAT]]
+        number = value[FLOAT]
+        if not isinstance(number, str) or number not in FLOATS:
+            raise ValueError(f"{number!r} is no number")
+        return FLOATS[number]
     if any(key.startswith("$") for key in value):
         raise ValueError("a key begins with $")
-    return {key: _decoded(item, tensors) for key, item in value.items()}
+    return {key: _decoded(item, tensors, depth + 1) for key, item in value.items()}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,6 +154,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits.lstrip("-")) > DIGITS:  # the time to read it grows with the square
+        raise ValueError(f"a number has more than {DIGITS} digits")
+    return int(digits)
 
 
 def _place(path: tuple[str, ...]) -> str:

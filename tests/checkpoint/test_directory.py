@@ -316,12 +316,12 @@ def test_a_file_of_somebody_else_does_no_harm(saved):
 
 
 def test_a_replacement_that_was_interrupted_reads_as_the_newest_whole_one(saved):
-    # Names as a crash between the two renames leaves them, twice, and one of them within its removal.
-    for name, number in (("saved.old-f0", 1), ("saved.old-a0", 2)):
-        write(saved.parent / "made", tree(number)).rename(saved.parent / name)
-        os.utime(saved.parent / name, (number, number))
+    # Names as crashes between the two renames leave them, the newest of them within its removal. Neither the random part
+    # of the name nor the time tells which is the newest.
+    for number, random in ((3, "8"), (2, "0"), (1, "f")):
+        write(saved.parent / "made", tree(number)).rename(saved.parent / f"saved.old-{number:06}-{random * 32}")
     shutil.rmtree(saved)
-    (saved.parent / "saved.old-f0" / TENSORS).unlink()
+    (saved.parent / f"saved.old-000003-{'8' * 32}" / TENSORS).unlink()
     assert_whole(read(saved), 2)
 
 
