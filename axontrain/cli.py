@@ -47,8 +47,8 @@ class Digits(Objective):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy, with a little label smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=0.05 if self.training else 0.0)
+        """Mean cross-entropy."""
+        return F.cross_entropy(logits, labels)
 
 
 def fit_digits(directory: Path, epochs: int, seed: int) -> int:
@@ -93,11 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.epochs < 1:
         parser.error("--epochs: 1 or more")
     directory = given.directory or Path("runs") / f"{given.what}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        parser.error(f"--directory: {directory} is there already, and not empty: a run has one of its own")
     try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            parser.error(f"--directory: {directory} is there already, and not empty: a run has one of its own")
+        directory.mkdir(parents=True, exist_ok=True)  # now, rather than fail after the first epoch
         return fit_digits(directory, given.epochs, given.seed)
-    except AxonError as error:
+    except (AxonError, OSError) as error:
         print(f"axontrain: {error}", file=sys.stderr)
         return 1
 

@@ -120,11 +120,13 @@ class Duration:
             case "seconds":
                 return clock.elapsed
             case _:
-                return 100 * clock.progress
+                # In units of 1e-12 of the run, as 87/150 of it is 57.99999999999999 % in floats: a step of any run is far
+                # larger than the unit, and what completes a percent is a whole number of them.
+                return Fraction(round(clock.progress * 10**12), 10**10)
 
     def __str__(self) -> str:
-        amount = float(self.amount)
-        return f"{amount:g}%" if self.unit == "percent" else f"{amount:g} {self.unit}"
+        amount = self.amount.numerator if self.amount.denominator == 1 else float(self.amount)
+        return f"{amount}%" if self.unit == "percent" else f"{amount} {self.unit}"
 
 
 class Every:

@@ -113,6 +113,13 @@ def test_what_is_no_duration_is_rejected_by_name(value, error, told):
         Duration.parse(value, "validate")
 
 
+@pytest.mark.parametrize("text", ["12.5%", "0.1 epochs", "1234567 samples", "1000000000 steps", "0.0001%", "1e-07 epochs"])
+def test_what_is_written_is_what_was_given(text):
+    duration = Duration.parse(text)
+    assert str(duration) == text
+    assert Duration.parse(str(duration)) == duration
+
+
 @given(st.integers(0, 10**9), st.sampled_from(sorted(set(UNITS.values()))))
 def test_a_written_duration_reads_back(amount, unit):
     duration = Duration(Fraction(amount), unit)
@@ -268,6 +275,25 @@ def test_percent_of_the_run_are_due_at_the_step_that_completes_them(total, perce
     part = Fraction(percent, 100)
     multiples = [Fraction(step, total) // part for step in range(total + 1)]
     assert due == [step for step in range(1, total + 1) if multiples[step] > multiples[step - 1]]
+
+
+@given(st.integers(1, 10**7), st.integers(1, 100), st.sampled_from(["0.1", "0.3", "1", "2.5", "7", "33"]))
+def test_percent_are_exact_in_long_runs(total, times, percent):
+    part = Fraction(percent) / 100
+    step = math.ceil(times * part * total)  # the step that completes so many of them
+    assume(0 < step <= total)
+    cadence, run = Cadence(Every(f"{percent}%")), Run(total=total, epoch_length=1000)
+    cadence.start(run.after(step - 1))
+    assert cadence.due(run.after(step))
+    assert not cadence.due(run)
+
+
+@given(st.integers(1, 400), st.sampled_from([1, 2, 5, 29, 57, 58]))
+def test_bounds_in_percent_are_exact(total, percent):
+    run = Run(total=total, epoch_length=1000)
+    done = [step for step in range(1, total + 1) if 100 * step >= percent * total]
+    assert due_at(Every(after=f"{percent}%"), total, run=run) == done
+    assert due_at(Every(before=f"{percent}%"), total, run=run) == [s for s in range(1, total + 1) if s not in done]
 
 
 def test_percent_start_anew_with_each_fit():

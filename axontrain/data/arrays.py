@@ -18,7 +18,9 @@ class ArrayDataset:
         *arrays: tensors, NumPy arrays, numeric columns or lists, each of N rows. One array gives batches that are a bare
             tensor, several give tuples, and a single mapping ``{name: array}`` gives mappings.
 
-    NumPy arrays and CPU tensors are not copied; each batch is a copy, so that nothing done to a batch reaches them.
+    Tensors and NumPy arrays are not copied, except for arrays that are read-only (a data frame's columns) or run backwards,
+    which torch does not take; of a file larger than memory, ``np.load(path, mmap_mode="c")`` is not copied either. Samples
+    and batches are copies, so that nothing done to them reaches the data.
 
     >>> data = ArrayDataset(torch.arange(6.0).reshape(3, 2), [0, 1, 0])
     >>> len(data), data[1]
@@ -48,11 +50,11 @@ class ArrayDataset:
         return self.tensors[0].shape[0]
 
     def __getitem__(self, index: int) -> Any:
-        return self._batch(tuple(tensor[index] for tensor in self.tensors))
+        return self._batch(tuple(tensor[index].clone() for tensor in self.tensors))
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The samples at ``indices``: torch's own protocol, so that its DataLoader gathers at once too."""
-        gathered = [tensor.unbind() for tensor in self._gathered(torch.as_tensor(indices))]
+        gathered = [tensor.unbind() for tensor in self._gathered(_indices(indices))]
         return [self._batch(sample) for sample in zip(*gathered, strict=True)]
 
     def gather(self, indices: Tensor) -> Any:
@@ -72,7 +74,7 @@ class ArrayDataset:
     def subset(self, indices: Any) -> ArrayDataset:
         """A dataset of the rows at ``indices``, copied."""
         part = ArrayDataset.__new__(ArrayDataset)
-        part.names, part.tensors = self.names, self._gathered(torch.as_tensor(indices))
+        part.names, part.tensors = self.names, self._gathered(_indices(indices))
         return part
 
     def __repr__(self) -> str:
@@ -89,15 +91,30 @@ class ArrayDataset:
         return parts if len(parts) > 1 else parts[0]
 
 
+# torch has them, but no index_select of them: the first shuffled batch would fail.
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
 def _tensor(array: Any, label: str | int) -> Tensor:
     if not isinstance(array, Tensor):
         kind = kind_of(array)
-        array = array.to_numpy() if hasattr(array, "to_numpy") else array
         try:
+            array = array.to_numpy() if hasattr(array, "to_numpy") else array
+            flags = getattr(array, "flags", None)
+            if flags is not None and (not flags.writeable or min(array.strides, default=0) < 0):
+                array = array.copy()
             array = torch.as_tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"ArrayDataset: array {label!r} is {kind}, which is not numeric: {error}") from error
+    if array.dtype in _UNSIGNED:
+        kind = str(array.dtype).removeprefix("torch.")
+        raise DataError(f"ArrayDataset: array {label!r} is of {kind}, of which torch gathers no rows: make it int32 or int64")
     if array.dim() == 0:
         raise DataError(f"ArrayDataset: array {label!r} is a single number; it has one row a sample")
     tensor: Tensor = array.detach()
     return tensor
+
+
+def _indices(indices: Any) -> Tensor:
+    found = _tensor(indices, "indices")
+    return found if found.numel() else found.long()  # an empty list would be one of floats

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from axontrain.data.arrays import ArrayDataset
+from axontrain.errors import ConfigurationError
 from axontrain.randomness import derive
 
 CLASSES = 10
@@ -24,14 +25,19 @@ def digits(*, test: float = 0.2, seed: int = 0) -> tuple[ArrayDataset, ArrayData
     https://doi.org/10.24432/C50P49 (its test part, as scikit-learn ships it). Licence: CC BY 4.0.
 
     Args:
-        test: the share of samples in the test part.
+        test: the share of samples in the test part: 0 or more, and below 1.
         seed: of the split.
 
     >>> train, test = digits()
     >>> len(train), len(test), train[0][0].shape
     (1438, 359, torch.Size([64]))
 
+    Raises:
+        ConfigurationError: for a share that leaves nothing to train on, or is none.
+
     """
+    if not 0 <= test < 1:
+        raise ConfigurationError(f"digits(test={test!r}): the share of samples to test on, 0 or more and below 1")
     stored = load_file(Path(__file__).with_name("digits.safetensors"))
     images, labels = stored["images"].float() / 16, stored["labels"].long()
     generator = torch.Generator().manual_seed(derive(seed, "digits"))

@@ -131,7 +131,7 @@ class Loader:
         else:
             indices = rows.tolist()
             many = getattr(data, "__getitems__", None)
-            samples = [data[index] for index in indices] if many is None else many(indices)
+            samples = _one_by_one(data, indices) if many is None else many(indices)
             batch = (self.collate or default_collate)(samples)
         return batch if self.transform is None else self.transform(batch)
 
@@ -141,6 +141,17 @@ class Loader:
 
     def __repr__(self) -> str:
         return f"Loader({len(self)} batches of {self.batch_size}{', shuffled' if self.shuffle else ''})"
+
+
+def _one_by_one(data: Any, indices: list[int]) -> list[Any]:
+    samples: list[Any] = []
+    try:
+        for index in indices:
+            samples.append(data[index])  # noqa: PERF401  # so that it is known which one failed
+    except Exception as error:
+        error.add_note(f"in the sample at index {indices[len(samples)]}")
+        raise
+    return samples
 
 
 def _short(indices: list[int]) -> str:

@@ -30,13 +30,28 @@ def is_dataset(data: Any) -> TypeGuard[Dataset]:
     return hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
 
 
+def reject_frame(data: Any, name: str) -> None:
+    """Raise if ``data`` is a data frame: by index it gives columns or nothing, never samples.
+
+    Raises:
+        DataError: saying how its columns become a dataset.
+
+    """
+    if type(data).__name__.endswith("Frame") and hasattr(data, "columns"):  # of pandas, polars, and those like them
+        raise DataError(
+            f"{name} is a {type(data).__name__}: pass its columns, as ax.ArrayDataset({{'x': df['x'], 'y': df['y']}}), or "
+            f"ax.ArrayDataset(df[['a', 'b']].to_numpy(), df['y']) for pairs of inputs and targets"
+        )
+
+
 def checked(data: Any, name: str = "dataset") -> Dataset:
     """Return ``data`` if it is a Dataset, or say what is missing.
 
     Raises:
-        DataError: naming the methods that ``data`` has not got.
+        DataError: naming the methods that ``data`` has not got, or what to make of a data frame.
 
     """
+    reject_frame(data, name)
     missing = [method for method in ("__len__", "__getitem__") if not hasattr(type(data), method)]
     if isinstance(data, (str, bytes)) or missing:
         raise DataError(

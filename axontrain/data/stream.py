@@ -14,7 +14,7 @@ from torch import Tensor
 
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.loader import Loader
-from axontrain.data.protocol import is_dataset
+from axontrain.data.protocol import is_dataset, reject_frame
 from axontrain.errors import BatchMismatchError, DataError, EmptyDataError, kind_of, whole
 
 DEFAULT_BATCH_SIZE = 32
@@ -29,7 +29,8 @@ class Stream:
         batch_size: of a bare Dataset.
         shuffle: of a bare Dataset.
         limit: end each pass after so many batches.
-        strict: raise where a batch's structure or trailing shape differs from the first's.
+        strict: raise where a batch's structure or trailing shape differs from the first's, or a list of batches looks like
+            one of samples.
         device: where batches are moved; None leaves them.
 
     """
@@ -47,6 +48,12 @@ class Stream:
     ) -> None:
         self.data, self.name, self.device = data, name, device
         self.limit = None if limit is None else whole("limit", limit, what="of batches")
+        reject_frame(data, name)
+        if strict and isinstance(data, (tuple, list)) and data and _is_sample(data[0]):
+            raise DataError(
+                f"{name} looks like a {type(data).__name__} of samples, and would be taken for one of batches (the first is "
+                f"{kind_of(data[0])}): wrap it, ax.Loader({name}, batch_size); if it is batches, pass strict=False to the Loop"
+            )
         self.loader = _loader(data, name, batch_size, shuffle)
         if self.loader is None:
             self.strict = strict
@@ -202,7 +209,7 @@ def _describe(value: Any, path: str, found: list[str]) -> None:
         rest = ", ".join(map(str, value.shape[1:]))
         found.append(f"{path or 'batch'}: ({'*' if len(value.shape) else ''}{', ' + rest if rest else ''})")
     elif isinstance(value, Mapping):
-        for key in value:
+        for key in sorted(value, key=repr):  # the same names in another order are no other structure
             _describe(value[key], f"{path}[{key!r}]", found)
     elif isinstance(value, (tuple, list)) and not (value and isinstance(value[0], (str, bytes, int, float))):
         for index, item in enumerate(value):
@@ -242,6 +249,18 @@ def _loader(data: Any, name: str, batch_size: int, shuffle: bool) -> Loader | No
     else:
         loader = Loader(data, batch_size, shuffle=shuffle)
     return loader
+
+
+def _is_sample(item: Any) -> bool:
+    # A pair or a mapping with a part that has no batch dimension; a list of numbers is a column of a batch.
+    column = isinstance(item, list) and all(map(_is_number, item))
+    pair = isinstance(item, (tuple, list)) and len(item) == 2 and not column
+    parts = item.values() if isinstance(item, Mapping) else item if pair else ()
+    return any(_is_number(part) or _is_sample(part) for part in parts)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
 
 
 def _is_array(value: Any) -> bool:

@@ -25,7 +25,8 @@ Why torchmetrics' own ``update`` is not used for classification, though its ``co
 (``bincount``, boolean masks for ``ignore_index``), takes C x C counts where 3 x C do, and decides batch by batch
 whether scores are logits (any outside 0..1) or probabilities, so that its value depends on how the data were cut. Here
 the counts are sums over items, integers, added on the device, and that decision falls once, over all that was seen:
-joining or splitting batches cannot change a value.
+joining or splitting batches cannot change a value. Float targets that are no classes are counted too, and refused when
+the value is read.
 
 .. [1] L. R. Dice, Measures of the amount of ecologic association between species, Ecology 26 (1945).
 .. [2] P. Jaccard, The distribution of the flora in the alpine zone, New Phytologist 11 (1912).
@@ -87,7 +88,7 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
 
     >>> logits, pixels = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
     >>> metric, prepare = make("iou", "iou", logits, pixels)
-    >>> [tuple(tensor.shape) for tensor in prepare(logits, pixels)]
+    >>> [tuple(tensor.shape) for tensor in prepare(logits, pixels)[:2]]
     [(128,), (128,)]
 
     Raises:
@@ -113,7 +114,7 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
             )
         if kind == "perplexity":
             # With classes last, vectors as they lie in memory; moving the classes would copy the logits.
-            prepare = _scores(layout) if layout.dim == -1 else layout.align
+            prepare = _scores(layout) if layout.dim == -1 else lambda p, t: (*layout.align(p, t), layout.strange(t))
             return _in_double(Perplexity(ignore_index=IGNORED), predictions), prepare
         return _top(name, int(kind.removeprefix("top")), layout, predictions)
     if kind in _RANKED:
@@ -132,26 +133,26 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
 
 
 def _labels(layout: Layout) -> Prepare:
-    """Class indices, predicted and true, as vectors."""
+    """Class indices, predicted and true, as vectors; and what of the targets is strange."""
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         labels = predictions.argmax(layout.dim)
-        return labels.reshape(-1), layout.targets(targets).reshape(-1)
+        return labels.reshape(-1), layout.targets(targets).reshape(-1), layout.strange(targets)
 
     return prepare
 
 
 def _scores(layout: Layout) -> Prepare:
-    """Scores (N, C) with targets (N,), multilabel (N, L) both, binary (N,) both."""
+    """Scores (N, C) with targets (N,), multilabel (N, L) both, binary (N,) both; and what of the targets is strange."""
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        targets = layout.targets(targets)
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        strange, targets = layout.strange(targets), layout.targets(targets)
         if layout.task == "binary":
-            return predictions.reshape(-1), targets.reshape(-1)
+            return predictions.reshape(-1), targets.reshape(-1), strange
         scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
         if layout.task == "multilabel":
-            return scores, targets.movedim(layout.dim, -1).reshape(-1, layout.size)
-        return scores, targets.reshape(-1)
+            return scores, targets.movedim(layout.dim, -1).reshape(-1, layout.size), strange
+        return scores, targets.reshape(-1), strange
 
     return prepare
 
@@ -166,21 +167,42 @@ def _top(name: str, k: int, layout: Layout, predictions: Tensor) -> tuple[torchm
     if k == 1:  # exactly accuracy, ties too
         return metric, _labels(layout)
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         indices = predictions.topk(k, layout.dim).indices
-        return indices, layout.targets(targets).unsqueeze(layout.dim)
+        return indices, layout.targets(targets).unsqueeze(layout.dim), layout.strange(targets)
 
     return metric, prepare
+
+
+class _OfClasses(torchmetrics.Metric):
+    """A metric of classes. Float targets that are none are counted on the device, and an error when the value is read."""
+
+    full_state_update = False
+    is_differentiable = False
+    strange: Tensor
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.add_state("strange", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _note(self, strange: Tensor | None) -> None:
+        if strange is not None:
+            self.strange = self.strange + strange.sum()
+
+    def _check(self) -> None:
+        if count := int(self.strange):
+            raise ValueError(
+                f"{count} of the targets are floats other than 0 and 1 (or than probabilities, which add up to 1 over "
+                "classes), and this metric is of classes: for numbers use mse, mae or r2; for several labels at once give "
+                "the Step targets.bool()"
+            )
 
 
 # --- counts over items, each a sum that updates add to ---------------------------------------------------------------
 
 
-class _Counted(torchmetrics.Metric):
+class _Counted(_OfClasses):
     """Counts as states, and the value that a torchmetrics class computes of them."""
-
-    full_state_update = False
-    is_differentiable = False
 
     def __init__(self, words: str, **options: Any) -> None:
         super().__init__()
@@ -190,6 +212,7 @@ class _Counted(torchmetrics.Metric):
         self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
 
     def _value(self, true_false: tuple[Tensor, ...] | None = None, confusion: Tensor | None = None) -> Tensor:
+        self._check()
         # Through the class, as the instance's own compute would synchronise, cache and warn once more.
         metric = _judge(self.words, tuple(self.options.items()))
         if confusion is not None:
@@ -223,8 +246,9 @@ class Hits(_Counted):
         self._count("right")
         self._count("items")
 
-    def update(self, labels: Tensor, targets: Tensor) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
         """Add a batch: labels broadcast to targets, where a target equals at most one of the labels."""
+        self._note(strange)
         self.right = self.right + (labels == targets).sum()  # no label equals IGNORED
         self.items = self.items + (targets != IGNORED).sum()
 
@@ -246,8 +270,9 @@ class ClassCounts(_Counted):
         super().__init__(words, num_classes=num_classes, **options)
         self._count("counts", 3, num_classes)
 
-    def update(self, labels: Tensor, targets: Tensor) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
         """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
+        self._note(strange)
         kept = targets != IGNORED
         # Ignored items are counted in class 0, zero times: selecting the others would wait for the device.
         targets = torch.where(kept, targets, 0)
@@ -269,8 +294,9 @@ class ConfusionCounts(_Counted):
         super().__init__(words, num_classes=num_classes, **options)
         self._count("counts", num_classes, num_classes)
 
-    def update(self, labels: Tensor, targets: Tensor) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
         """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
+        self._note(strange)
         kept = targets != IGNORED
         cells = torch.where(kept, targets, 0) * self.counts.shape[1] + labels
         self.counts.view(-1).scatter_add_(0, cells, kept.long())
@@ -284,7 +310,8 @@ class ThresholdCounts(_Counted):
     """Binary and multilabel counts, kept twice: as if scores were probabilities, and as if they were logits.
 
     Scores are logits if any of all that were seen lies outside 0..1: torchmetrics' rule, but it looks at each update
-    by itself, so that a small batch of logits may pass for probabilities (and on the CPU it reads the answer).
+    by itself, so that a small batch of logits may pass for probabilities (and on the CPU it reads the answer). Logits
+    that all lie in 0..1 pass for probabilities here too: ``predictions.sigmoid()`` leaves no doubt.
     """
 
     true: Tensor
@@ -301,8 +328,9 @@ class ThresholdCounts(_Counted):
         self._count("negatives", labels)
         self._count("outside")
 
-    def update(self, scores: Tensor, targets: Tensor) -> None:
+    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
         """Add a batch of scores and targets 0 or 1, both (N, L), or (N,) if binary; any other target is left out."""
+        self._note(strange)
         positive, negative = targets == 1, targets == 0
         taken = torch.stack((scores > 0.5, scores > 0))  # sigmoid(x) > 1/2 where x > 0
         self.true = self.true + (taken & positive).sum(1).view_as(self.true)
@@ -324,15 +352,13 @@ class ThresholdCounts(_Counted):
 # --- metrics of other kinds ------------------------------------------------------------------------------------------
 
 
-class Gathered(torchmetrics.Metric):
+class Gathered(_OfClasses):
     """All scores and targets, ranked when the value is read; a class without positives is left out of the average.
 
     Ranks cannot be summed up without loss, so this keeps everything: its memory grows with the data. torchmetrics
     would take the AUROC of a class that is absent for 0. If no class is left the value is NaN.
     """
 
-    full_state_update = False
-    is_differentiable = False
     scores: list[Tensor]
     targets: list[Tensor]
 
@@ -342,13 +368,15 @@ class Gathered(torchmetrics.Metric):
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, targets: Tensor) -> None:
+    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
         """Keep a batch; as copies, for the memory of predictions may be written again (CUDA graphs)."""
+        self._note(strange)
         self.scores.append(scores.clone())
         self.targets.append(targets.clone())
 
     def compute(self) -> Tensor:
         """Average torchmetrics' value of each class against the rest, or of each label."""
+        self._check()
         scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
         if scores.device.type == "mps":  # which has no float64
             scores, targets = scores.cpu(), targets.cpu()
@@ -400,17 +428,23 @@ class Mean(torchmetrics.Metric):
         return self.total / self.count
 
 
-class Perplexity(torchmetrics.text.Perplexity):
+class Perplexity(_OfClasses, torchmetrics.text.Perplexity):
     """torchmetrics' perplexity, with an update by log-softmax: probabilities that underflow do not make it infinite."""
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, strange: Tensor | None = None) -> None:
         """Add a batch of logits (B, V, ...) and targets (B, ...)."""
+        self._note(strange)
         likelihood = torch.log_softmax(preds, 1, dtype=None if preds.dtype == torch.float64 else torch.float32)
         kept = target != IGNORED
         # Not nll_loss, which has no deterministic form for (B, V, T) on a GPU.
         chosen = likelihood.gather(1, torch.where(kept, target, 0).unsqueeze(1)).squeeze(1)
         self.total_log_probs -= torch.where(kept, chosen, 0).sum()
         self.count += kept.sum()
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value."""
+        self._check()
+        return super().compute()
 
 
 _ERRORS: dict[str, Callable[[], torchmetrics.Metric]] = {

@@ -17,17 +17,24 @@ predictions         targets             task                         remark
 float (B, C, ...)   int (B, ...)        multiclass, C classes        as ``cross_entropy`` takes them
 float (B, T, V)     int (B, T)          multiclass, V classes        language models: classes last; if T == V then
                                                                      dimension 1 is taken, as ``cross_entropy`` would
-float (B, C, ...)   float (B, C, ...)   multiclass, C classes        class probabilities: the largest is the target
+float (B, C, ...)   float (B, C, ...)   multiclass, C classes        class probabilities: the largest is the target; they
+                                                                     are in 0..1 and add up to 1
 float (B, C, ...)   int (B, C, ...)     multilabel, C labels         logits or probabilities, one per label
-float (B,)          int or float (B,)   binary                       logits or probabilities; a float target above 1/2
-                                                                     is positive; a dimension of 1 on either side is
-                                                                     squeezed: (B, 1), (B, 1, H, W)
+float (B,)          int or float (B,)   binary                       logits or probabilities; a float target is in 0..1,
+                                                                     positive above 1/2; a dimension of 1 on either side
+                                                                     is squeezed: (B, 1), (B, 1, H, W)
 int (B, ...)        int (B, ...)        none: classes, not scores    accuracy alone; the number of classes is unknown
 ==================  ==================  ===========================  ==================================================
 
 C is at least 2 (1 is binary), and bool counts as int in targets and as a score in predictions. Multilabel targets that
 ``binary_cross_entropy`` wants as floats look like class probabilities: give the Step ``targets.bool()``. Multiclass
 metrics leave out targets equal to -100, the ``ignore_index`` of ``cross_entropy``.
+
+Float targets that are no probabilities, as those of a regression, make a reading of a classification metric an error.
+
+Binary and multilabel scores are taken for probabilities if all that were seen lie in 0..1, else for logits: torchmetrics'
+rule. Logits that all happen to lie there are counted by the wrong border, 1/2 for 0, so where that may be, be explicit:
+give the Step ``predictions.sigmoid()``.
 """
 
 from __future__ import annotations
@@ -171,6 +178,20 @@ class Layout:
     size: int
     dim: int = 1
 
+    def strange(self, targets: Tensor) -> Tensor | None:
+        """Tell which float targets are no probabilities (of regression, or multilabel); None for integers.
+
+        >>> Layout("binary", 1).strange(torch.tensor([0.0, 0.9, 3.2]))
+        tensor([False, False,  True])
+        """
+        if not targets.is_floating_point():
+            return None
+        strange = ~((targets >= 0) & (targets <= 1))  # NaN too
+        if self.task == "multiclass":
+            # As much as half-precision probabilities of many classes may round off.
+            strange = strange.any(1) | ((targets.sum(1, dtype=torch.float32) - 1).abs() > 0.02)
+        return strange
+
     def targets(self, targets: Tensor) -> Tensor:
         """Return the targets as int64: class indices, or 0 and 1."""
         if targets.is_floating_point():
@@ -179,6 +200,8 @@ class Layout:
 
     def align(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bring a batch to the shapes torchmetrics takes: classes in dimension 1, or two tensors of one shape.
+
+        A binary target that is no probability becomes 2: torchmetrics says that it expects 0 and 1.
 
         >>> predictions, targets = torch.randn(2, 7, 5), torch.zeros(2, 7, dtype=torch.long)
         >>> layout = infer("f1", predictions, targets)
@@ -189,7 +212,9 @@ class Layout:
         """
         if self.task == "multiclass" and self.dim != 1:
             predictions = predictions.movedim(self.dim, 1)
-        targets = self.targets(targets)
+        strange, targets = self.strange(targets), self.targets(targets)
+        if self.task == "binary" and strange is not None:
+            targets = targets.masked_fill(strange, 2)
         if self.task == "binary" and predictions.shape != targets.shape:
             shape = min(predictions.shape, targets.shape, key=len)
             predictions, targets = predictions.reshape(shape), targets.reshape(shape)
@@ -273,6 +298,9 @@ def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False)
        the layout that these describe (:meth:`Layout.align`); otherwise just as the Step has it;
     3. a function of two arguments, (predictions, targets), that returns the batch's mean as a scalar tensor: these are
        averaged over the batches, weighted by items. A mean of means is not every metric: F1 needs form 1 or 2.
+
+    Binary scores that all lie in 0..1 are taken for probabilities, by torchmetrics too (which looks at each update by
+    itself): if yours may be logits, give the Step ``predictions.sigmoid()``, or pass a function of your own.
 
     >>> def specificity(task, num_labels=None, num_classes=None):
     ...     from torchmetrics import Specificity

@@ -84,6 +84,31 @@ def test_numpy_arrays_that_run_backwards_are_taken():
     assert ArrayDataset(np.arange(6.0)[::-1])[0] == 5
 
 
+def test_what_cannot_be_written_to_is_left_alone():
+    array = np.arange(6.0)
+    array.flags.writeable = False
+    ArrayDataset(array).tensors[0].fill_(-1)
+    assert array.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_no_samples_are_a_list_or_a_dataset_of_none():
+    for data in (ArrayDataset(images, labels), ArrayDataset({"x": images})):
+        assert data.__getitems__([]) == []
+        assert len(data.subset([])) == 0
+        assert data.subset([]).tensors[0].shape == (0, 2)
+
+
+def test_a_mask_is_no_list_of_indices():
+    with pytest.raises(RuntimeError, match="int64"):
+        ArrayDataset(images).subset([True, False, True, False, False, False])
+
+
+def test_a_file_is_mapped_and_not_read(tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(6.0))
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="c")
+    assert ArrayDataset(mapped).tensors[0].data_ptr() == mapped.ctypes.data
+
+
 def test_memory_is_shared_and_not_copied():
     array = np.zeros(6)
     assert ArrayDataset(array).tensors[0].data_ptr() == array.ctypes.data
@@ -156,6 +181,10 @@ def test_torchs_loader_takes_it(workers):
         (([[1], [2, 3]],), "not numeric"),
         ((np.array(["a", "b"]),), "not numeric"),
         ((np.array([{}, {}]),), "not numeric"),
+        ((np.array([1, None]),), "array 0 is ndarray.*object, which is not numeric"),
+        ((np.array(["2020-01-01"], dtype="datetime64[D]"),), "not numeric"),
+        (({"tokens": np.arange(3, dtype=np.uint16)},), "'tokens' is of uint16, .* make it int32 or int64"),
+        ((pd.DataFrame({"x": [1.0], "y": ["a"]}),), "array 0 is DataFrame, which is not numeric"),
         ((None,), "array 0 is NoneType, which is not numeric"),
     ],
 )

@@ -38,7 +38,12 @@ def test_the_split_is_a_pure_function_of_its_seed():
     assert rows(one[1]) != rows(other[1])
 
 
-@pytest.mark.parametrize("share", [1.0, 1.5, -0.1])
+def test_there_may_be_nothing_to_test_on():
+    train, test = ax.data.digits(test=0)
+    assert (len(train), len(test)) == (1797, 0)
+
+
+@pytest.mark.parametrize("share", [1.0, 1.5, -0.1, float("nan")])
 def test_a_share_that_leaves_nothing_to_train_on_or_is_none_is_an_error(share):
     with pytest.raises(ax.ConfigurationError, match="test="):
         ax.data.digits(test=share)

@@ -216,14 +216,29 @@ def test_transform_takes_the_collated_batch():
     assert listed(ax.Loader(ax.ArrayDataset(torch.arange(3)), 2, transform=lambda batch: batch * 10)) == [[0, 10], [20]]
 
 
-def test_an_error_in_a_sample_says_which_batch():
+def test_an_error_in_a_sample_says_which_sample_and_batch():
     class Broken(Counting):
         def __getitem__(self, index):
             return 1 / (index - 7)
 
     with pytest.raises(ZeroDivisionError) as caught:
         list(ax.Loader(Broken(10), 4).batches(0, 3))
-    assert caught.value.__notes__ == ["in batch 1 of epoch 3, made of the samples [4, 5, 6, 7]"]
+    batch = "in batch 1 of epoch 3, made of the samples [4, 5, 6, 7]"
+    assert caught.value.__notes__ == ["in the sample at index 7", batch]
+
+
+def test_an_error_in_many_samples_or_their_collation_says_which_batch():
+    class Broken(Counting):
+        def __getitems__(self, indices):
+            return [1 / (index - 7) for index in indices]
+
+    batch = "in batch 1 of epoch 0, made of the samples [4, 5, 6, 7]"
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(ax.Loader(Broken(10), 4).batches(0, 0))
+    assert caught.value.__notes__ == [batch]
+    with pytest.raises(RuntimeError) as caught:  # samples of two shapes
+        list(ax.Loader([torch.zeros(1)] * 7 + [torch.zeros(2)], 4).batches(0, 0))
+    assert caught.value.__notes__ == [batch]
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.0, "2", None])

@@ -1,6 +1,7 @@
 import collections
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -124,6 +125,61 @@ def test_a_limit_is_a_whole_number(limit):
 def test_what_is_no_data_says_what_to_pass(data, told):
     with pytest.raises(ax.DataError, match=told):
         Stream(data, "train")
+
+
+image, number = torch.zeros(3), torch.tensor(1)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        (image, 1),
+        [image, 1],
+        (image, number),
+        (image, np.int64(1)),
+        (image.numpy(), 0.5),
+        ("text", True),
+        (0.5, 1.0),
+        {"x": image, "y": 1},
+        {"x": image, "y": number},
+        ({"x": image, "n": number}, image),
+    ],
+    ids=repr,
+)
+def test_a_list_of_samples_is_not_taken_for_batches(sample):
+    told = r"train looks like a {} of samples.*wrap it, ax\.Loader\(train, batch_size\)"
+    for samples in ([sample] * 3, (sample,) * 3):
+        with pytest.raises(ax.DataError, match=told.format(type(samples).__name__)):
+            Stream(samples, "train")
+        assert len(list(Stream(samples, "train", strict=False).batches(0, 0))) == 3  # if it is meant
+        assert len(list(Stream(ax.Loader(samples, 2), "train").batches(0, 0))) == 2
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (image, image),
+        (image, [0, 1, 2]),
+        (torch.zeros(2, 3), [0, 1]),
+        (image, ["a", "b", "c"]),
+        {"x": image, "names": ["a", "b", "c"]},
+        image,
+        number,
+        [0.5, 1.0],
+        (image, image, 3),
+    ],
+    ids=repr,
+)
+def test_what_may_be_a_batch_is_one(batch):
+    assert len(list(Stream([batch], "train").batches(0, 0))) == 1
+
+
+def test_a_data_frame_is_not_taken_for_samples():
+    frame = pd.DataFrame({"x": [1.0, 2.0], "y": [0, 1]})
+    with pytest.raises(ax.DataError, match=r"train is a DataFrame: pass its columns, as ax\.ArrayDataset\(\{"):
+        Stream(frame, "train")
+    with pytest.raises(ax.DataError, match=r"dataset is a DataFrame: .*df\[\['a', 'b'\]\]\.to_numpy\(\), df\['y'\]"):
+        ax.Loader(frame, 2)
 
 
 # --- structure -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
+import axontrain as ax
 from axontrain import MetricError, Step
 from axontrain.checkpoint.encode import decode, encode
 from axontrain.metrics import Meter, meter
@@ -286,3 +287,33 @@ def test_a_recorded_step_keeps_no_graph():
     kept = one.state_dict()
     assert not kept["metrics"]["accuracy"]["waiting"][0][0].requires_grad
     assert not kept["losses"][0]["values"]["a"].requires_grad
+
+
+def regression(targets, skipped=None, rows=3):
+    flag = None if skipped is None else torch.tensor(skipped)
+    return Step(torch.tensor(1.0), torch.randn(rows, 1), torch.full((rows, 1), targets), rows, {}, flag)
+
+
+def test_a_metric_of_classes_does_not_measure_a_regression():
+    objective = ax.Supervised(torch.nn.Linear(1, 1), "mse", metrics=["accuracy"])
+    loop = ax.Loop(objective, ax.Optimizer("sgd", lr=0.1), device="cpu", progress=False)
+    with pytest.raises(MetricError, match=r"'accuracy' .* floats other than 0 and 1 .* use mse, mae or r2"):
+        loop.fit(ax.ArrayDataset(torch.randn(64, 1), 3 * torch.randn(64, 1)), epochs=1)
+
+
+@pytest.mark.parametrize("rows", [3, 100_000], ids=["kept", "counted at once"])
+def test_targets_of_a_step_that_was_skipped_are_not_looked_at(rows):
+    one = fed(["accuracy"], [regression(1.0, 0.0, rows), regression(math.nan, 1.0, rows)])
+    assert 0 <= one.read()["accuracy"] <= 1
+    one.record(regression(math.nan, 0.0, rows))
+    with pytest.raises(MetricError, match=f"{rows} of the targets"):
+        one.read()
+
+
+def test_what_was_seen_of_targets_is_saved_too():
+    saved = fed(["accuracy"], [regression(3.0)] * 2 * meter.FOLD).state_dict()
+    restored = Meter(["accuracy"])
+    restored.load_state_dict(decode(*encode(saved)))
+    restored.record(regression(1.0))
+    with pytest.raises(MetricError, match=f"{6 * meter.FOLD} of the targets"):
+        restored.read()

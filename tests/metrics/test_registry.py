@@ -256,9 +256,7 @@ def test_counts_are_exact_beyond_single_precision():
     assert built.metric.total == 2**24 + 1
 
 
-@pytest.mark.parametrize(
-    "shapes", [((40,), (40,)), ((40, 1), (40,)), ((40,), (40, 1)), ((8, 5), (8, 5)), ((4, 5, 2),) * 2]
-)
+@pytest.mark.parametrize("shapes", [((40,), (40,)), ((40, 1), (40,)), ((40,), (40, 1)), ((8, 5), (8, 5)), ((4, 5, 2),) * 2])
 def test_regression(shapes):
     predictions, targets = random(*shapes[0]), random(*shapes[1], seed=3) + 2000
     p, t = predictions.flatten().double().numpy(), targets.flatten().double().numpy()
@@ -355,9 +353,7 @@ def test_updates_follow_from_shapes_alone(kind, batch):
     built = made(kind, *batch)
     built.metric.update(*built.prepare(*batch))
     assert built.metric.device == torch.device("meta")
-    assert all(
-        part.is_meta for state in built.metric.metric_state.values() for part in torch.utils._pytree.tree_leaves(state)
-    )
+    assert all(part.is_meta for state in built.metric.metric_state.values() for part in torch.utils._pytree.tree_leaves(state))
 
 
 @settings(max_examples=300, deadline=None)
@@ -392,6 +388,60 @@ def test_a_target_that_is_no_class_raises():
                 built.metric.update(*built.prepare(random(1, 3), torch.tensor([wrong])))
 
 
+NUMBERS = {
+    "a column": (random(12, 1), random(12, 1, seed=4)),
+    "a vector": (random(12), random(12, seed=4) * 100),
+    "NaN": (random(12), torch.tensor([0.0, 1.0] * 5 + [1.0, torch.nan])),
+    "several": (random(12, 3), random(12, 3, seed=4)),
+    "several of 0 to 1": (random(12, 3), random(12, 3, seed=4).sigmoid()),
+    "labels as floats": (random(12, 3), classes(2, 12, 3).float()),
+    "half precision": (random(12, 3).half(), random(12, 3, seed=4).half()),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+@pytest.mark.parametrize("kind", [*COUNTED, *RANKED, "top2", "perplexity"])
+def test_float_targets_that_are_no_classes_are_refused_when_the_value_is_read(kind, case):
+    predictions, targets = NUMBERS[case]
+    if kind in ("top2", "perplexity") and predictions.shape[1:] != (3,):
+        return
+    with NoHostReads():
+        built = made(kind, predictions, targets)
+        built.metric.update(*built.prepare(predictions, targets))
+    with pytest.raises(ValueError, match=r"floats other than 0 and 1 .* of classes: for numbers use mse, mae or r2"):
+        built.metric.compute()
+    built.metric.reset()  # it is forgotten with the data
+    good = targets.softmax(1) if targets.dim() > 1 and targets.shape[1] > 1 else (targets > 0).float()
+    built.metric.update(*built.prepare(predictions, good))
+    built.metric.compute()
+
+
+def test_one_strange_target_among_many_batches_is_enough():
+    batches = [(random(4), torch.ones(4)), (random(4), torch.tensor([0.0, 1.0, 2.0, 0.0])), (random(4), torch.zeros(4))]
+    built = made("accuracy", *batches[0])
+    for predictions, targets in batches:
+        built.metric.update(*built.prepare(predictions, targets))
+    with pytest.raises(ValueError, match="1 of the targets"):
+        built.metric.compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [2, 10, 1000, 50_000])
+def test_probabilities_of_any_precision_are_classes(dtype, count):
+    logits = random(8, count)
+    smoothed = F.one_hot(classes(count, 8), count) * 0.9 + 0.1 / count
+    for targets in (smoothed, (random(8, count, seed=4) * 3).softmax(1)):
+        measured("accuracy", logits, targets.to(dtype))
+
+
+def test_a_factory_of_the_users_is_told_of_binary_targets_that_are_none(own_names):
+    register("specificity", lambda task: torchmetrics.Specificity(task))
+    predictions, targets = random(12, 1), random(12, 1, seed=4)
+    with pytest.raises(RuntimeError, match="expected only the following values"):
+        measured("specificity", predictions, targets)
+    assert 0 <= measured("specificity", predictions, (targets > 0).float()) <= 1
+
+
 @pytest.mark.parametrize("kind", RANKED)
 def test_ranked_metrics_leave_out_what_is_undefined(kind):
     predictions, targets = random(40, 3), classes(2, 40)  # class 2 never comes
@@ -417,7 +467,8 @@ def test_a_vocabulary_needs_no_square_of_it():
     logits, targets = random(2, 4, 50_000), classes(50_000, 2, 4)
     built = made("f1", logits, targets)
     built.metric.update(*built.prepare(logits, targets))
-    assert sum(getattr(built.metric, state).numel() for state in built.metric._defaults) == 150_000
+    # The one more counts float targets that are no classes.
+    assert sum(getattr(built.metric, state).numel() for state in built.metric._defaults) == 150_001
 
 
 @pytest.mark.parametrize(("kind", "batch"), ALL)
@@ -566,9 +617,7 @@ def test_resolve_forms():
 
 
 def test_a_collection_is_its_metrics():
-    members = torchmetrics.MetricCollection(
-        {"acc": MulticlassAccuracy(3), "f": MulticlassFBetaScore(2.0, 3)}, prefix="x_"
-    )
+    members = torchmetrics.MetricCollection({"acc": MulticlassAccuracy(3), "f": MulticlassFBetaScore(2.0, 3)}, prefix="x_")
     entries = resolve({"group": members})
     assert list(entries) == ["group/x_acc", "group/x_f"]
     batch = random(9, 3), classes(3, 9)
@@ -699,9 +748,7 @@ def test_a_users_default_is_kept():
 
 def test_what_cannot_be_inferred_is_named():
     (entry,) = resolve([macro]).values()
-    with pytest.raises(
-        MetricError, match=r"needs num_classes, which predictions Tensor\(8,\) .* do not tell \(binary\)"
-    ):
+    with pytest.raises(MetricError, match=r"needs num_classes, which predictions Tensor\(8,\) .* do not tell \(binary\)"):
         build("macro", entry, random(8), classes(2, 8))
     with pytest.raises(MetricError, match=r"do not tell \(classes instead of scores\)"):
         build("macro", entry, classes(3, 8), classes(3, 8))
