@@ -50,7 +50,8 @@ class Loop:
         evaluate_with: an objective that stands in for evaluation and validation.
         seed: what all that is random in training follows from; None takes one from torch's generator.
         device: "auto" takes a GPU where there is one.
-        strict: raise where a batch's structure or trailing shape differs from the first batch's.
+        strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
+            one of samples rather than of batches.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 
