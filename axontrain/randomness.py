@@ -39,7 +39,7 @@ def capture() -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "gauss": float(gauss),
         }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if _cuda_in_use():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -61,7 +61,10 @@ def restore(state: dict[str, Any]) -> None:
 
 def seed_all(seed: int) -> None:
     """Seed every global generator."""
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: for devices that are not in use it queues the call, with a traceback, each time anew.
+    torch.default_generator.manual_seed(seed)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -92,6 +95,10 @@ def seeded(seed: int) -> Iterator[None]:
     with kept():
         seed_all(seed)
         yield
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _python_state() -> list[Any]:

@@ -87,7 +87,9 @@ class Update:
             self.read()
         gradients = [p.grad for p in self.tensors if p.grad is not None]
         if not gradients:
-            raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
+            if any(p.requires_grad for p in self.tensors):
+                raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
+            return torch.zeros((), device=loss.device)  # all frozen for now: nothing to do until they are thawed
         if len(gradients) != self._looked_at:
             self._look_at(gradients, loss)
         if self._sparse:

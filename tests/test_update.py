@@ -715,3 +715,26 @@ def test_a_loss_that_reaches_no_parameter_of_the_optimizer_is_an_error():
     both = {name: ax.Optimizer("adamw", lr=0.1) for name in ("one", "two")}
     with pytest.raises(ax.LossError, match="no parameter of the optimizer 'two' has a gradient"):
         make(Apart(), both).fit([{"one": x} for x, _ in data(1)], epochs=1)
+
+
+def test_an_optimizer_whose_parameters_are_all_frozen_waits_until_they_are_thawed():
+    class TwoParts(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+            self.body.requires_grad_(False)
+
+        def predict(self, x):
+            return self.head(self.body(x))
+
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits, labels)
+
+    loop = make(TwoParts(), {name: ax.Optimizer("adam", lr=0.1) for name in ("body", "head")})
+    before = loop.objective.body.weight.clone()
+    loop.on("after_epoch", first=1)(lambda state: state.objective.body.requires_grad_(True) and None)
+    loop.fit(data(2), epochs=1)
+    assert torch.equal(loop.objective.body.weight, before)
+    loop.fit(data(2), epochs=1)
+    assert not torch.equal(loop.objective.body.weight, before)
