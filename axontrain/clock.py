@@ -74,7 +74,6 @@ class Duration:
 
         Raises:
             ConfigurationError: for a bare float, a missing or unknown unit, or a negative amount.
-
         """
         if isinstance(value, Duration):
             return value
@@ -142,7 +141,6 @@ class Every:
 
     >>> Every("2 epochs", first=3)
     Every('2 epochs', first=3)
-
     """
 
     __slots__ = ("after", "before", "first", "interval", "predicate")

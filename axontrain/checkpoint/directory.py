@@ -90,7 +90,6 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         CheckpointError: if it is no checkpoint, incomplete or damaged; it says which file and how.
-
     """
     source = Path(path)
     if source.exists():

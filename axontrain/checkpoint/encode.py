@@ -42,7 +42,6 @@ def encode(tree: Any) -> tuple[str, dict[str, Tensor]]:
     Raises:
         CheckpointError: naming the place of a value that is no number, text, None, tensor, list or mapping with text keys,
             or that could not be read back.
-
     """
     tensors: dict[str, Tensor] = {}
     plain = _encoded(tree, (), tensors)
@@ -54,7 +53,6 @@ def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
 
     Raises:
         CheckpointError: for anything that ``encode`` does not write.
-
     """
     try:
         plain = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)

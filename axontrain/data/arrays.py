@@ -30,7 +30,6 @@ class ArrayDataset:
 
     Raises:
         DataError: if there is no array, lengths differ, or an array is not numeric.
-
     """
 
     def __init__(self, *arrays: Any) -> None:

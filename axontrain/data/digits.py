@@ -34,7 +34,6 @@ def digits(*, test: float = 0.2, seed: int = 0) -> tuple[ArrayDataset, ArrayData
 
     Raises:
         ConfigurationError: for a share that leaves nothing to train on, or is none.
-
     """
     if not 0 <= test < 1:
         raise ConfigurationError(f"digits(test={test!r}): the share of samples to test on, 0 or more and below 1")

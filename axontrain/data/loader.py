@@ -44,7 +44,6 @@ class Loader:
     ...     batch.tolist() for batch in loader.batches(seed=0, epoch=0)
     ... ][2:]
     True
-
     """
 
     def __init__(

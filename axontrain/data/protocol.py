@@ -35,7 +35,6 @@ def reject_frame(data: Any, name: str) -> None:
 
     Raises:
         DataError: saying how its columns become a dataset.
-
     """
     if type(data).__name__.endswith("Frame") and hasattr(data, "columns"):  # of pandas, polars, and those like them
         raise DataError(
@@ -49,7 +48,6 @@ def checked(data: Any, name: str = "dataset") -> Dataset:
 
     Raises:
         DataError: naming the methods that ``data`` has not got, or what to make of a data frame.
-
     """
     reject_frame(data, name)
     missing = [method for method in ("__len__", "__getitem__") if not hasattr(type(data), method)]

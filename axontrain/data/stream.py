@@ -32,7 +32,6 @@ class Stream:
         strict: raise where a batch's structure or trailing shape differs from the first's, or a list of batches looks like
             one of samples.
         device: where batches are moved; None leaves them.
-
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class Stream:
 
         Raises:
             EmptyDataError: if a pass gives no batch at all.
-
         """
         batches = self._from(seed, epoch, start)
         if self.limit is not None:

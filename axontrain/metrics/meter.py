@@ -35,7 +35,6 @@ class Meter:
     >>> meter.record(Step(torch.tensor(4.0), weight=1))
     >>> meter.read()
     {'loss': 2.5}
-
     """
 
     def __init__(self, metrics: Any = None) -> None:

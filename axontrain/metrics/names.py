@@ -49,7 +49,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_average_
 from torchmetrics.utilities import dim_zero_cat
 
 from axontrain.errors import MetricError, kind_of
-from axontrain.metrics.registry import Layout, infer
+from axontrain.metrics.layout import Layout, infer
 
 __all__ = [
     "IGNORED",
@@ -93,7 +93,6 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
 
     Raises:
         MetricError: if the shapes or dtypes do not fit the metric.
-
     """
     if kind in _ERRORS or kind == "cosine_similarity":
         return _regression(kind, name, predictions, targets)

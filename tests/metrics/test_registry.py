@@ -19,7 +19,8 @@ from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, Multi
 
 from axontrain.errors import ConfigurationError, MetricError, UnknownNameError
 from axontrain.metrics import names, registry
-from axontrain.metrics.registry import BUILT_IN, Built, Layout, MetricSpec, build, infer, register, registered, resolve
+from axontrain.metrics.layout import Layout, infer
+from axontrain.metrics.registry import BUILT_IN, Built, MetricSpec, build, register, registered, resolve
 
 COUNTED = ("accuracy", "precision", "recall", "f1", "dice", "iou", "confusion_matrix")
 RANKED = ("auroc", "average_precision")
