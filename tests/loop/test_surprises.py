@@ -280,3 +280,19 @@ def test_check_tells_of_an_optimizer_that_is_never_used():
     optimizers = {name: ax.Optimizer("sgd", lr=0.1) for name in "ab"}
     report = ax.Loop(Half(), optimizers, progress=False).check(data())
     assert "never yields a loss for the optimizer 'b'" in str(report)
+
+
+def test_a_loss_on_another_device_says_where_it_is():
+    class Elsewhere(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def predict(self, x):
+            return self.net(x)
+
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits, labels).to("meta")
+
+    with pytest.raises(ax.LossError, match="loss is on meta, the parameters on cpu"):
+        loop_of(Elsewhere(), device="cpu").fit(data(), epochs=1)
