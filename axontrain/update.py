@@ -188,7 +188,7 @@ class Update:
             if kinds != saved:
                 raise CheckpointError(f"{of} is made of {', '.join(kinds)}, the saved one of {', '.join(saved)}")
         for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
-            mine = [group["parameters"] for group in self._part_state(optimizer)["groups"]]
+            mine = self._grouped(optimizer)
             its = [group["parameters"] for group in part["groups"]]
             if mine != its:
                 a, b = ({name for group in groups for name in group} for groups in (mine, its))
@@ -314,6 +314,11 @@ class Update:
         where = f"; gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not finite" if bad else ""
         return f"step {step}: {_terms(loss, terms)}{where}; nothing was updated (on_nonfinite='raise')"
 
+    def _grouped(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+        """The names of an optimizer's parameters, group by group."""
+        names = {id(p): name for name, p in self.parameters.items()}
+        return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
     def _part_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         names = {id(p): name for name, p in self.parameters.items()}
         return {
@@ -324,15 +329,14 @@ class Update:
                 if state
             },
             "groups": [
-                {"parameters": [names[id(p)] for p in group["params"]]}
+                {"parameters": parameters}
                 | {key: _plain(value) for key, value in group.items() if key != "params" and _savable(value)}
-                for group in optimizer.param_groups
+                for parameters, group in zip(self._grouped(optimizer), optimizer.param_groups, strict=True)
             ],
         }
 
     def _load_part(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-        own = [name for group in self._part_state(optimizer)["groups"] for name in group["parameters"]]
-        index = {name: i for i, name in enumerate(own)}
+        index = {name: i for i, name in enumerate(name for group in self._grouped(optimizer) for name in group)}
         groups, count = [], 0
         for group, of_saved in zip(optimizer.param_groups, saved["groups"], strict=True):
             size = len(group["params"])

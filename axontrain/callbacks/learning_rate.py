@@ -19,6 +19,7 @@ class LearningRate(Callback):
 
     def __init__(self, **cadence: Any) -> None:
         super().__init__(**cadence)
+        # Only the hook that is wanted is overridden, so that the other costs nothing: that is seen on the instance.
         if self.every is None:
             self.after_epoch = self.look  # type: ignore[method-assign]
         else:

@@ -156,11 +156,6 @@ def signature(batch: Any) -> list[str]:
     return found
 
 
-def describe(batch: Any) -> str:
-    """The shapes and dtypes of a batch, for a note on an error."""
-    return kind_of(batch)
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch, whatever its structure."""
     if isinstance(batch, Tensor):
@@ -223,7 +218,7 @@ def _written(parts: list[str]) -> str:
 def _loader(data: Any, name: str, batch_size: int, shuffle: bool) -> Loader | None:
     if isinstance(data, Loader):
         loader: Loader | None = data
-    elif isinstance(data, Tensor) or type(data).__module__.partition(".")[0] == "numpy":
+    elif _is_array(data):
         loader = Loader(ArrayDataset(data), batch_size, shuffle=shuffle)
     elif isinstance(data, (str, bytes, Mapping)) or data is None:
         raise DataError(

@@ -50,9 +50,8 @@ class OneLoss:
             raise
         if self.after_backward is not None:
             self.after_backward(self.state)
-        step.loss = loss = loss.detach()
-        if isinstance(step.predictions, Tensor):  # whoever keeps the step is not to keep its graph
-            step.predictions = step.predictions.detach()
+        _let_go(step)
+        loss = step.loss
         try:
             for update in self.updates:
                 skipped = update(loss, step.values)
@@ -128,11 +127,18 @@ class SeveralLosses:
             raise ObjectiveError(f"{type(self.objective).__name__}.train_step yielded no (optimizer_name, loss)")
         values = {name: torch.stack([v.reshape(()) for v in of_name]).mean() for name, of_name in losses.items()}
         if returned is not None:
-            returned.loss = returned.loss.detach()
+            _let_go(returned)
             returned.values = {**values, **returned.values}
             return returned
         sum_of_losses = torch.stack([values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values])
         return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
+
+
+def _let_go(step: Step) -> None:
+    # Whoever keeps the step is not to keep its graph.
+    step.loss = step.loss.detach()
+    if isinstance(step.predictions, Tensor):
+        step.predictions = step.predictions.detach()
 
 
 def check(step: Any, objective: Objective, what: str = "") -> None:
