@@ -31,7 +31,7 @@ from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
 from axontrain.objective import Objective, Step
 from axontrain.objective import batch_size as size_of
-from axontrain.optimizer import MAIN, Optimizer, route, uncovered, uncovered_error
+from axontrain.optimizer import MAIN, Optimizer, check_covered, route
 from axontrain.preflight import Report, preflight
 from axontrain.state import LoopState, Result, StopEpoch
 from axontrain.update import Update
@@ -503,9 +503,7 @@ class Loop:
             raise OptimizerError(
                 "this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)"
             )
-        left_out = uncovered(self.objective, {name: update.parameters for name, update in state.optimizers.items()})
-        if left_out:
-            raise uncovered_error(left_out)
+        check_covered(self.objective, {name: update.parameters for name, update in state.optimizers.items()})
 
     def _check_directory(self, directory: Path) -> None:
         history = directory / "history.jsonl"

@@ -139,17 +139,18 @@ def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, d
     return taken
 
 
-def uncovered(module: nn.Module, taken: Mapping[str, Mapping[str, nn.Parameter]]) -> list[str]:
-    """The names of trainable parameters that no optimizer covers."""
+def check_covered(module: nn.Module, taken: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
+    """Raise if there are trainable parameters that would never be trained.
+
+    Raises:
+        OptimizerError: naming them.
+    """
     covered = {id(p) for found in taken.values() for p in found.values()}
-    return [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in covered]
-
-
-def uncovered_error(names: Sequence[str]) -> OptimizerError:
-    """The error that names parameters which would never be trained."""
-    return OptimizerError(
-        f"no optimizer covers {_some(names)}: give an Optimizer for them, or freeze them by parameter.requires_grad_(False)"
-    )
+    names = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in covered]
+    if names:
+        raise OptimizerError(
+            f"no optimizer covers {_some(names)}: give an Optimizer for them, or freeze them by parameter.requires_grad_(False)"
+        )
 
 
 def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[Part]:

@@ -23,7 +23,7 @@ from axontrain.execution.run import clear_gradients
 from axontrain.execution.steps import Runner, check, check_eval, runner
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective, Step
-from axontrain.optimizer import Optimizer, route, uncovered, uncovered_error
+from axontrain.optimizer import Optimizer, check_covered, route
 from axontrain.state import LoopState
 from axontrain.update import Update
 
@@ -184,9 +184,7 @@ def _covered(objective: Objective, optimizers: Mapping[str, Optimizer], report: 
     try:
         if not optimizers:
             raise OptimizerError("there is no optimizer: ax.Loop(objective, optimizer)")
-        left_out = uncovered(objective, route(objective, optimizers))
-        if left_out:
-            raise uncovered_error(left_out)
+        check_covered(objective, route(objective, optimizers))
     except Exception as error:
         report.problems.append(_told(error))
         return False
