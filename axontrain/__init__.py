@@ -7,7 +7,7 @@ from axontrain import data, metrics, schedules
 from axontrain.callback import Callback
 from axontrain.callbacks import EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
 from axontrain.clock import Duration, Every
-from axontrain.data import ArrayDataset, Dataset, Loader, order
+from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order
 from axontrain.errors import (
     AxonError,
     AxonWarning,
@@ -23,12 +23,14 @@ from axontrain.errors import (
     NonFiniteWarning,
     ObjectiveError,
     OptimizerError,
+    OutOfRangeError,
     SplitError,
     UnknownNameError,
     UnknownOptionError,
+    WorkerError,
 )
 from axontrain.loop import Loop
-from axontrain.objective import Objective, Step, Supervised
+from axontrain.objective import Objective, Step, Supervised, TaskBatch
 from axontrain.optimizer import Optimizer
 from axontrain.preflight import Report
 from axontrain.state import History, LoopState, Result, Stop, StopEpoch
@@ -57,12 +59,14 @@ __all__ = [
     "LossError",
     "MetricError",
     "MissingExtraError",
+    "Mixture",
     "NonFiniteError",
     "NonFiniteWarning",
     "Objective",
     "ObjectiveError",
     "Optimizer",
     "OptimizerError",
+    "OutOfRangeError",
     "ProgressBar",
     "ReduceLROnPlateau",
     "Report",
@@ -72,8 +76,10 @@ __all__ = [
     "Stop",
     "StopEpoch",
     "Supervised",
+    "TaskBatch",
     "UnknownNameError",
     "UnknownOptionError",
+    "WorkerError",
     "data",
     "metrics",
     "order",

@@ -10,7 +10,9 @@ both ``except ax.AxonError`` and ``except ValueError`` work::
     │   └── OptimizerError                   parameters that no optimizer covers, or that two do
     ├── DataError (ValueError)               data that cannot be trained on
     │   ├── EmptyDataError                   no batch at all
-    │   └── BatchMismatchError               a batch unlike the first
+    │   ├── BatchMismatchError               a batch unlike the first
+    │   └── OutOfRangeError (IndexError)     an index that a dataset has not got
+    ├── WorkerError (RuntimeError)           a worker process died, or keeps its batch for too long
     ├── ObjectiveError (TypeError)           what an objective returned
     │   ├── SplitError                       ``split`` and the batch do not fit
     │   └── LossError                        a loss that is no scalar, has no graph, or sits elsewhere
@@ -25,6 +27,7 @@ both ``except ax.AxonError`` and ``except ValueError`` work::
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
@@ -63,6 +66,14 @@ class EmptyDataError(DataError):
 
 class BatchMismatchError(DataError):
     """A batch whose structure or trailing shape differs from the first batch's."""
+
+
+class WorkerError(AxonError, RuntimeError):
+    """A worker process died, or has not made its batch in time."""
+
+
+class OutOfRangeError(DataError, IndexError):
+    """An index that a dataset has not got."""
 
 
 class ObjectiveError(AxonError, TypeError):
@@ -174,4 +185,7 @@ def kind_of(value: object) -> str:
         return f"{type(value).__name__} of {len(value)}: ({', '.join(kind_of(v) for v in list(value)[:4])})"
     if isinstance(value, dict):
         return "dict of {" + ", ".join(f"{k!r}: {kind_of(v)}" for k, v in list(value.items())[:6]) + "}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{field.name}: {kind_of(getattr(value, field.name))}" for field in dataclasses.fields(value)[:6]]
+        return f"{type(value).__name__}({', '.join(parts)})"
     return type(value).__name__

@@ -21,7 +21,8 @@ from axontrain import callback, checkpoint, randomness
 from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook, Hooks
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.clock import Duration, Every, Plan
-from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream, joined, to_device
+from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
+from axontrain.data.structure import joined, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
 from axontrain.execution.notes import noted
@@ -29,7 +30,7 @@ from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, se
 from axontrain.execution.steps import Runner, check_eval, runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
-from axontrain.objective import Objective, Step
+from axontrain.objective import Objective, Step, task_of
 from axontrain.objective import batch_size as size_of
 from axontrain.optimizer import MAIN, Optimizer, check_covered, route
 from axontrain.preflight import Report, preflight
@@ -171,7 +172,7 @@ class Loop:
 
     def _algorithm(self, run: Run) -> Iterator[Step]:
         """Train: the one algorithm that ``fit`` and ``steps`` run."""
-        state, train_step, record = run.state, run.train_step, run.state.meter.record
+        state, train_step, record = run.state, run.train_step, run.record
         before_batch, after_batch = run.hooks.before_batch, run.hooks.after_batch
         with session(run):
             while run.goes_on():
@@ -264,7 +265,8 @@ class Loop:
         reject(others, Loop.evaluate)
         stream = self._stream(data, "data", batch_size)
         self._check_batch_size(batch_size, stream)
-        return self._evaluate(stream)
+        with contextlib.closing(stream):
+            return self._evaluate(stream)
 
     def _evaluate(self, stream: Stream, run: Run | None = None) -> dict[str, Any]:
         objective = self.objective if self.evaluate_with is None else self.evaluate_with
@@ -277,7 +279,7 @@ class Loop:
                 if index == 0:
                     check_eval(step, objective)
                 step.loss = step.loss.detach()
-                meter.record(step)
+                meter.record(step, task_of(batch))
                 if run is not None and run.interrupted():
                     return {}
         if not len(meter):
@@ -310,19 +312,20 @@ class Loop:
         """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
         rng = None
         batches: Iterator[Any] | None = None
-        while True:
-            with self._evaluating(self.objective):
-                if rng is not None:
-                    randomness.restore(rng)
-                if batches is None:
-                    batches = iter(stream.batches(self.state.seed, 0))
-                batch = next(batches, END)
-                if batch is END:
-                    break
-                with noted("in prediction", batch, self.objective):
-                    prediction = self.objective.predict(self.objective.split(batch)[0])
-                size, rng = size_of(batch), randomness.capture()
-            yield prediction, size
+        with contextlib.closing(stream):
+            while True:
+                with self._evaluating(self.objective):
+                    if rng is not None:
+                        randomness.restore(rng)
+                    if batches is None:
+                        batches = iter(stream.batches(self.state.seed, 0))
+                    batch = next(batches, END)
+                    if batch is END:
+                        break
+                    with noted("in prediction", batch, self.objective):
+                        prediction = self.objective.predict(self.objective.split(batch)[0])
+                    size, rng = size_of(batch), randomness.capture()
+                yield prediction, size
         if rng is None:
             raise stream.empty()
 
@@ -358,7 +361,7 @@ class Loop:
         state.step += 1
         state.samples += size_of(batch)
         state.last = step
-        state.meter.record(step)
+        state.meter.record(step, task_of(batch))
         if perf_counter() >= self._next_reading:  # of what was skipped: nobody else may ask for a long time
             self._next_reading = perf_counter() + READ_EVERY_SECONDS
             for update in state.optimizers.values():
@@ -460,6 +463,7 @@ class Loop:
         plan.start_index = state.batch_index
         state.epoch_length, state.plan, state.validates = stream.length, plan, validating is not None
         self._last_stream = stream
+        state.attach("data", stream, replace=True)
         self._attach_callbacks()
         cadence = state.cadence("validate", every)
         cadence.start(state)

@@ -92,7 +92,7 @@ def preflight(
 
 
 def _first_batch(stream: Stream, seed: int, report: Report) -> Any:
-    if stream.loader is None and iter(stream.data) is stream.data:
+    if stream.source is not None and stream.source.once:
         report.notes.append(f"{stream.name} is an iterator, whose first batch can be read once only: it was not looked at")
         return None
     try:
@@ -143,7 +143,9 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
 
 def _one_sample_left(objective: nn.Module, stream: Stream, report: Report) -> None:
     loader = stream.loader
-    if loader is None or loader.drop_last or len(loader.dataset) % loader.batch_size != 1 or loader.batch_size == 1:
+    if loader is None or loader.source is not None or loader.drop_last or loader.batch_size in (None, 1):
+        return
+    if len(loader.dataset) % loader.batch_size != 1:
         return
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in objective.modules()):
         report.problems.append(

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import random
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 def derive(seed: int, *parts: int | str) -> int:
@@ -28,34 +29,79 @@ def derive(seed: int, *parts: int | str) -> int:
 
 def capture() -> dict[str, Any]:
     """The state of every global generator, as tensors and numbers."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": _python_state()}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    live = snapshot()
+    version, words, gauss = live.python
+    state: dict[str, Any] = {
+        "torch": live.torch,
+        "python": [version, torch.tensor(words, dtype=torch.int64), gauss],
+    }
+    if live.numpy is not None:
+        name, keys, position, has_gauss, cached = live.numpy
         state["numpy"] = {
             "name": str(name),
             "keys": torch.from_numpy(keys.astype("int64")),
             "position": int(position),
             "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
+            "gauss": float(cached),
         }
-    if _cuda_in_use():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if live.cuda is not None:
+        state["cuda"] = live.cuda
     return state
 
 
 def restore(state: dict[str, Any]) -> None:
     """Put back what :func:`capture` took."""
-    torch.set_rng_state(state["torch"])
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys.tolist()), gauss))
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and "numpy" in state:
+    version, words, gauss = state["python"]
+    numpy = None
+    if "numpy" in state:
         of = state["numpy"]
-        keys = of["keys"].numpy().astype("uint32")
-        numpy.random.set_state((of["name"], keys, of["position"], of["has_gauss"], of["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        for device, of_device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        numpy = (of["name"], of["keys"].numpy().astype("uint32"), of["position"], of["has_gauss"], of["gauss"])
+    put_back(Snapshot(state["torch"], (version, tuple(words.tolist()), gauss), numpy, state.get("cuda")))
+
+
+class Snapshot(NamedTuple):
+    """The global generators as they are at a moment: quicker to take than :func:`capture`, and not made to be saved."""
+
+    torch: Tensor
+    python: Any
+    numpy: Any
+    cuda: list[Tensor] | None
+
+    def moved(self) -> bool:
+        """Whether anything was drawn from them since."""
+        now = snapshot()
+        if not torch.equal(self.torch, now.torch) or self.python != now.python:
+            return True
+        if self.numpy is not None and now.numpy is not None:
+            # The position first: it tells of most draws, and the words change only once in 624.
+            same = self.numpy[2:] == now.numpy[2:] and bool((self.numpy[1] == now.numpy[1]).all())
+            if not same:
+                return True
+        elif now.numpy is not None:
+            return False  # imported meanwhile: what it drew, if anything, cannot be told
+        return self.cuda is not None and not all(map(torch.equal, self.cuda, now.cuda or []))
+
+
+def snapshot() -> Snapshot:
+    """Take the state of the global generators."""
+    numpy = sys.modules.get("numpy")
+    return Snapshot(
+        torch.get_rng_state(),
+        random.getstate(),
+        None if numpy is None else numpy.random.get_state(),
+        torch.cuda.get_rng_state_all() if _cuda_in_use() else None,
+    )
+
+
+def put_back(state: Snapshot) -> None:
+    """Set the global generators as :func:`snapshot` found them."""
+    torch.set_rng_state(state.torch)
+    random.setstate(state.python)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and state.numpy is not None:
+        numpy.random.set_state(state.numpy)
+    if state.cuda is not None and torch.cuda.is_available():
+        for device, of_device in enumerate(state.cuda[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(of_device, device)
 
 
@@ -74,11 +120,11 @@ def seed_all(seed: int) -> None:
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Leave the global generators, after the block, as they were before it."""
-    before = capture()
+    before = snapshot()
     try:
         yield
     finally:
-        restore(before)
+        put_back(before)
 
 
 @contextlib.contextmanager
@@ -97,10 +143,49 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+class Apart:
+    """Random generators of somebody who draws now and then: in place while he draws, and the others' between.
+
+    Args:
+        seed: of the global generators at his first draw.
+        own: generators of his own; each is seeded too, from its own seed and this one, and afterwards is as it was.
+
+    >>> twice = []
+    >>> for _ in range(2):
+    ...     drawer = Apart(5)
+    ...     for _ in range(2):
+    ...         with drawer.drawing():
+    ...             twice.append(float(torch.rand(())))
+    >>> twice[:2] == twice[2:], twice[0] == twice[1]
+    (True, False)
+    """
+
+    def __init__(self, seed: int, own: Sequence[torch.Generator] = ()) -> None:
+        self._seed, self._own = seed, list(own)
+        self._state: Snapshot | None = None
+        self._states: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Let the block draw."""
+        before = [generator.get_state() for generator in self._own]
+        with kept():
+            if self._state is None:
+                seed_all(self._seed)
+                for generator in self._own:
+                    generator.manual_seed(derive(self._seed, generator.initial_seed()))
+            else:
+                put_back(self._state)
+                for generator, state in zip(self._own, self._states, strict=True):
+                    generator.set_state(state)
+            try:
+                yield
+            finally:
+                self._state = snapshot()
+                self._states = [generator.get_state() for generator in self._own]
+                for generator, state in zip(self._own, before, strict=True):
+                    generator.set_state(state)
+
+
 def _cuda_in_use() -> bool:
     return torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _python_state() -> list[Any]:
-    version, keys, gauss = random.getstate()
-    return [version, torch.tensor(keys, dtype=torch.int64), gauss]

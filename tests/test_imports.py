@@ -30,8 +30,8 @@ def imported():
     "module",
     [
         "torchmetrics", "matplotlib", "tqdm.notebook", "tqdm.auto", "ipywidgets", "IPython", "pandas", "polars",
-        "narwhals", "sklearn", "scipy", "torchvision", "lightning", "torch._dynamo", "torch._inductor", "pytest",
-        "hypothesis",
+        "narwhals", "pyarrow", "PIL", "datasets", "webdataset", "sklearn", "scipy", "torchvision", "lightning",
+        "torch._dynamo", "torch._inductor", "pytest", "hypothesis",
     ],
 )  # fmt: skip
 def test_importing_axontrain_does_not_import(imported, module):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import dataclasses
+import mmap
+from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axontrain.errors import DataError, kind_of
+from axontrain.data.frames import Columns, Spec
+from axontrain.errors import ConfigurationError, DataError, OutOfRangeError, kind_of
 
 
 class ArrayDataset:
@@ -16,49 +21,145 @@ class ArrayDataset:
 
     Args:
         *arrays: tensors, NumPy arrays, numeric columns or lists, each of N rows. One array gives batches that are a bare
-            tensor, several give tuples, and a single mapping ``{name: array}`` gives mappings.
+            tensor, several give tuples, and a single mapping ``{name: array}`` gives mappings. Structures nest: a mapping,
+            a tuple, a named tuple or a dataclass instance of arrays gives batches (or parts of them) of the same kind. A
+            list is an array.
+
+    Attributes:
+        tensors: the arrays, in the order in which they stand in the structure.
+        names: the keys, where the structure is one mapping of arrays; else None.
+        columns: how a data frame was encoded, where ``from_frame`` made the dataset; else None.
 
     Tensors and NumPy arrays are not copied, except for arrays that are read-only (a data frame's columns) or run backwards,
-    which torch does not take; of a file larger than memory, ``np.load(path, mmap_mode="c")`` is not copied either. Samples
-    and batches are copies, so that nothing done to them reaches the data.
+    which torch does not take. A file that is mapped (``np.load(path, mmap_mode="r")``) is not copied, so that it may be larger
+    than memory; nothing may write to its part of ``tensors``. Samples and batches are copies, so that nothing done to them
+    reaches the data.
 
     >>> data = ArrayDataset(torch.arange(6.0).reshape(3, 2), [0, 1, 0])
     >>> len(data), data[1]
     (3, (tensor([2., 3.]), tensor(1)))
     >>> data.gather(torch.tensor([2, 0]))[1]
     tensor([0, 0])
+    >>> ArrayDataset({"numbers": torch.arange(6.0).reshape(3, 2), "city": [4, 7, 4]}, [0, 1, 0])[1]
+    ({'numbers': tensor([2., 3.]), 'city': tensor(7)}, tensor(1))
 
     Raises:
         DataError: if there is no array, lengths differ, or an array is not numeric.
     """
 
     def __init__(self, *arrays: Any) -> None:
-        self.names: tuple[str, ...] | None = None
-        if len(arrays) == 1 and isinstance(arrays[0], Mapping):
-            self.names = tuple(arrays[0])
-            arrays = tuple(arrays[0].values())
-        if not arrays:
+        found: list[tuple[str | int, Any]] = []
+        self._structure = _taken(arrays[0] if len(arrays) == 1 else arrays, (), found)
+        if not found:
             raise DataError("ArrayDataset() needs an array: ArrayDataset(inputs, targets) or ArrayDataset({'x': inputs})")
-        labels: tuple[str | int, ...] = self.names or tuple(range(len(arrays)))
-        self.tensors = tuple(_tensor(array, label) for array, label in zip(arrays, labels, strict=True))
-        sizes = {label: len(tensor) for label, tensor in zip(labels, self.tensors, strict=True)}
-        if len(set(sizes.values())) > 1:
+        self._labels = tuple(label for label, _ in found)
+        self.tensors: tuple[Tensor, ...] = tuple(_tensor(array, label) for label, array in found)
+        self.columns: Columns | None = None
+        if len({len(tensor) for tensor in self.tensors}) > 1:
+            sizes = {label: len(tensor) for label, tensor in zip(self._labels, self.tensors, strict=True)}
             raise DataError(f"ArrayDataset: the arrays differ in length: {sizes}; each has one row a sample")
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        inputs: Spec | None = None,
+        targets: Spec | None = None,
+        *,
+        fill: Any = None,
+        unseen: str = "error",
+        dtype: torch.dtype = torch.float32,
+        like: ArrayDataset | Columns | None = None,
+    ) -> ArrayDataset:
+        """A dataset of a data frame's rows: of pandas, polars, Arrow, or whatever else narwhals reads.
+
+        Args:
+            frame: the data frame; a lazy one is collected.
+            inputs: a column's name for a vector (N,), a list of names for one matrix (N, F), a mapping of either; None for a
+                matrix of all columns that are no targets.
+            targets: likewise; None for batches of the inputs alone.
+            fill: what stands for nulls, which are an error otherwise.
+            unseen: whether a string that the vocabulary has not got is an "error" or code "zero".
+            dtype: of the numbers.
+            like: the dataset (or its ``columns``) that this frame is to be encoded like: the same columns, vocabularies and
+                fills. Nothing else is given then.
+
+        How each type is encoded stands at :class:`Columns`; the dataset keeps it in ``columns``.
+
+        >>> import pandas as pd
+        >>> frame = pd.DataFrame({"age": [31, 45, 27], "city": ["Rome", "Bonn", "Rome"], "left": [True, False, False]})
+        >>> train = ArrayDataset.from_frame(frame, inputs={"numbers": ["age"], "city": "city"}, targets="left")
+        >>> train[0]
+        ({'numbers': tensor([31.]), 'city': tensor(1)}, tensor(1))
+        >>> ArrayDataset.from_frame(frame[1:], like=train)[0]
+        ({'numbers': tensor([45.]), 'city': tensor(0)}, tensor(0))
+
+        Raises:
+            ConfigurationError: for arguments that cannot work, or that stand beside ``like``.
+            DataError: for a column that is missing or of a type that cannot be encoded, for nulls and unseen values.
+        """
+        if like is None:
+            columns = Columns(inputs, targets, fill=fill, unseen=unseen, dtype=dtype)
+            frame = columns.read(frame)  # once, not once for each of the two
+            columns.learn(frame)
+        else:
+            given = {"inputs": inputs, "targets": targets, "fill": fill}
+            beside = [name for name, value in given.items() if value is not None]
+            beside += ["unseen"] * (unseen != "error") + ["dtype"] * (dtype != torch.float32)
+            if beside:
+                raise ConfigurationError(f"from_frame(like=...) takes all from there: leave out {', '.join(beside)}")
+            of = like.columns if isinstance(like, ArrayDataset) else like
+            if not isinstance(of, Columns):
+                what = "an ArrayDataset that from_frame did not make" if of is None else kind_of(of)
+                raise ConfigurationError(f"from_frame(like=...) is {what}: give a dataset made by from_frame, or its columns")
+            columns = of
+        data = cls(columns.encode(frame))
+        data.columns = columns
+        return data
+
+    @property
+    def flat(self) -> bool:
+        """Whether a batch is a plain tuple of two or more tensors, so that there is nothing to assemble."""
+        kind, _, parts = self._structure or (None, (), ())
+        return kind is tuple and len(parts) > 1 and not any(parts)
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The keys, where a batch is a mapping of tensors; else None."""
+        kind, keys, parts = self._structure or (None, (), ())
+        return keys if kind is dict and not any(parts) else None
+
+    def assemble(self, parts: tuple[Any, ...]) -> Any:
+        """Put flat parts, one for each of ``tensors``, together in the structure that the arrays were given in.
+
+        >>> ArrayDataset({"x": [1, 2]}, [3, 4]).assemble(("a", "b"))
+        ({'x': 'a'}, 'b')
+        """
+        return _assembled(self._structure, iter(parts))
 
     def __len__(self) -> int:
         return self.tensors[0].shape[0]
 
     def __getitem__(self, index: int) -> Any:
-        return self._batch(tuple(tensor[index].clone() for tensor in self.tensors))
+        try:
+            return self.assemble(tuple(tensor[index].clone() for tensor in self.tensors))
+        except IndexError as error:
+            if not isinstance(index, Integral):
+                raise
+            raise OutOfRangeError(f"ArrayDataset: there is no sample {index}: it has {len(self)}") from error
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """The samples at ``indices``: torch's own protocol, so that its DataLoader gathers at once too."""
         gathered = [tensor.unbind() for tensor in self._gathered(_indices(indices))]
-        return [self._batch(sample) for sample in zip(*gathered, strict=True)]
+        return [self.assemble(sample) for sample in zip(*gathered, strict=True)]
 
     def gather(self, indices: Tensor) -> Any:
-        """The batch at ``indices`` (B,), as a copy."""
-        return self._batch(self._gathered(indices))
+        """The batch at ``indices`` (B,), each 0 to ``len(self) - 1``, as a copy.
+
+        Raises:
+            DataError: (an IndexError too) for an index out of range; on a GPU it is torch's own, and comes later.
+        """
+        return self.assemble(self._gathered(indices))
 
     def bytes_per_sample(self) -> int:
         """The size of one row over all arrays."""
@@ -66,28 +167,79 @@ class ArrayDataset:
 
     def to(self, device: torch.device | str) -> ArrayDataset:
         """A dataset of the same rows on another device."""
-        moved = ArrayDataset.__new__(ArrayDataset)
-        moved.names, moved.tensors = self.names, tuple(tensor.to(device) for tensor in self.tensors)
-        return moved
+        return self._of(tuple(tensor.to(device) for tensor in self.tensors))
 
     def subset(self, indices: Any) -> ArrayDataset:
         """A dataset of the rows at ``indices``, copied."""
-        part = ArrayDataset.__new__(ArrayDataset)
-        part.names, part.tensors = self.names, self._gathered(_indices(indices))
-        return part
+        return self._of(self._gathered(_indices(indices)))
 
     def __repr__(self) -> str:
-        labels = self.names or range(len(self.tensors))
-        of = ", ".join(f"{n}: {kind_of(t)}" for n, t in zip(labels, self.tensors, strict=True))
+        of = ", ".join(f"{n}: {kind_of(t)}" for n, t in zip(self._labels, self.tensors, strict=True))
         return f"ArrayDataset({len(self)} samples, {of})"
 
-    def _gathered(self, indices: Tensor) -> tuple[Tensor, ...]:
-        return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in self.tensors)
+    def _of(self, tensors: tuple[Tensor, ...]) -> ArrayDataset:
+        other = copy.copy(self)
+        other.tensors = tensors
+        return other
 
-    def _batch(self, parts: tuple[Any, ...]) -> Any:
-        if self.names is not None:
-            return dict(zip(self.names, parts, strict=True))
-        return parts if len(parts) > 1 else parts[0]
+    def _gathered(self, indices: Tensor) -> tuple[Tensor, ...]:
+        try:
+            return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in self.tensors)
+        except (IndexError, RuntimeError) as error:
+            # torch names no index, and looking for it beforehand would cost each batch. On a GPU its error comes later, and
+            # nothing can be read after it.
+            n = len(self)
+            if isinstance(error, IndexError) or n == 0:
+                _raise_outside(indices, n, error)
+            raise
+
+
+def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:
+    wrong = indices[(indices < 0) | (indices >= n)].tolist()
+    if wrong:
+        more = f" (nor {len(wrong) - 1} more of the indices)" if len(wrong) > 1 else ""
+        has = f"{n}, whose indices are 0 to {n - 1}" if n else "none"
+        raise OutOfRangeError(f"ArrayDataset: there is no sample {wrong[0]}{more}: it has {has}") from error
+
+
+# What a batch is put together as: None for a tensor, else (the type, the keys or field names, the structure of each part).
+# Plain values, so that a dataset can be sent to a worker.
+_Structure = tuple[type, tuple[Any, ...], tuple[Any, ...]] | None
+
+
+def _taken(value: Any, path: tuple[Any, ...], found: list[tuple[str | int, Any]]) -> _Structure:
+    """The structure of ``value``; its arrays are put into ``found``, each after its place."""
+    kind: type = tuple
+    if isinstance(value, Mapping):
+        kind, parts = dict, dict(value)
+    elif isinstance(value, tuple):
+        if hasattr(value, "_fields"):
+            kind = type(value)
+        parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "__array__"):
+        kind = type(value)
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        found.append((path[0] if len(path) == 1 else ".".join(map(str, path)) or 0, value))
+        return None
+    return kind, tuple(parts), tuple(_taken(part, (*path, key), found) for key, part in parts.items())
+
+
+def _assembled(structure: _Structure, parts: Iterator[Any]) -> Any:
+    if structure is None:
+        return next(parts)
+    kind, keys, within = structure
+    values = [next(parts) if part is None else _assembled(part, parts) for part in within]
+    if kind is tuple:
+        return tuple(values)
+    if kind is dict:
+        return dict(zip(keys, values, strict=True))
+    if issubclass(kind, tuple):
+        return kind._make(values)  # type: ignore[attr-defined]  # a named tuple
+    made = object.__new__(kind)  # a dataclass: its own checks are of what was given, not of each batch
+    for key, value in zip(keys, values, strict=True):
+        object.__setattr__(made, key, value)  # frozen ones too
+    return made
 
 
 # torch has them, but no index_select of them: the first shuffled batch would fail.
@@ -100,8 +252,10 @@ def _tensor(array: Any, label: str | int) -> Tensor:
         try:
             array = array.to_numpy() if hasattr(array, "to_numpy") else array
             flags = getattr(array, "flags", None)
-            if flags is not None and (not flags.writeable or min(array.strides, default=0) < 0):
+            if flags is not None and min(array.strides, default=0) < 0:
                 array = array.copy()
+            elif flags is not None and not flags.writeable:
+                array = _writeable(array) if _mapped(array) else array.copy()
             array = torch.as_tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"ArrayDataset: array {label!r} is {kind}, which is not numeric: {error}") from error
@@ -109,9 +263,35 @@ def _tensor(array: Any, label: str | int) -> Tensor:
         kind = str(array.dtype).removeprefix("torch.")
         raise DataError(f"ArrayDataset: array {label!r} is of {kind}, of which torch gathers no rows: make it int32 or int64")
     if array.dim() == 0:
-        raise DataError(f"ArrayDataset: array {label!r} is a single number; it has one row a sample")
+        raise DataError(
+            f"ArrayDataset: array {label!r} is a single number; it has one row a sample (a list of numbers is an array, a "
+            f"tuple a structure of arrays)"
+        )
     tensor: Tensor = array.detach()
     return tensor
+
+
+def _mapped(array: Any) -> bool:
+    """Whether the memory of ``array`` is a mapped file's, whatever slices and views lie between."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = array.obj if isinstance(array, memoryview) else getattr(array, "base", None)
+    return array is not None
+
+
+class _Unlocked:
+    """NumPy's array interface to the memory of a read-only array, which it keeps alive, without the mark."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _writeable(array: Any) -> Any:
+    """The same memory as an array that torch takes without a warning: a dataset reads from it, and never writes to it."""
+    import numpy as np
+
+    return np.asarray(_Unlocked(array))
 
 
 def _indices(indices: Any) -> Tensor:

@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from axontrain.data.arrays import ArrayDataset
+from axontrain.data.blocks import BlockOrder, order_in_blocks
+from axontrain.data.iterables import Source
+from axontrain.data.making import Maker, Task
+from axontrain.data.mixture import Mixture, MixtureMaker
 from axontrain.data.order import order
-from axontrain.data.protocol import Dataset, checked
-from axontrain.errors import reject, whole
-from axontrain.randomness import derive, seeded
+from axontrain.data.permutation import Permutation
+from axontrain.data.protocol import Dataset, checked, is_iterable_only
+from axontrain.data.samplers import Foreign, as_rows, is_sampler, within
+from axontrain.data.workers import Workers, checked_method
+from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
+from axontrain.randomness import kept
 
 # Gathering this much at once and cutting it into views is faster than gathering each batch: the call costs more than
 # the copy for small batches, and a chunk stays within a core's cache. Larger ones were slower.
 CHUNK_BYTES = 512 * 1024
+# Indices that are looked up at once, of orders that are computed.
+CHUNK_ROWS = 16384
+
+
+@dataclass
+class _Held:
+    """What a Loader has found or made for its passes; a copy of the Loader has its own."""
+
+    size: int | None = None  # of the dataset, at the first pass
+    pools: list[Workers] = field(default_factory=list)
+    maker: Maker | MixtureMaker | None = None
 
 
 class Loader:
     """Batches of a dataset.
 
     The order of an epoch is a pure function of (seed, epoch), and the random state (torch, NumPy, Python) in which a
-    batch is made is one of (seed, epoch, index): going to batch k reads nothing before it.
+    batch is made is one of (seed, epoch, index): the batches are the same with any number of workers, and going to batch k
+    reads nothing before it.
 
     Args:
-        dataset: anything with ``__len__`` and ``__getitem__``.
-        batch_size: samples in a batch, 1 or more; the last batch of an epoch may be smaller.
+        dataset: anything with ``__len__`` and ``__getitem__``; or an iterable of samples (a torch ``IterableDataset``, a
+            generator), which is read in its own order, by this process.
+        batch_size: samples in a batch, 1 or more; the last batch of an epoch may be smaller. Not needed with a
+            ``batch_sampler``.
         shuffle: a new order each epoch; else the dataset's own.
+        sampler: another order: :class:`~axontrain.data.WeightedSampler`, :class:`~axontrain.data.BalancedSampler`,
+            :class:`~axontrain.data.BucketSampler`, or any iterable of indices, as torch's samplers are.
+        batch_sampler: any iterable of lists of indices.
+        workers: processes that make batches ahead; 0 makes them here, one at a time. They stay until :meth:`close`, the end
+            of the fit, or as long as the Loader.
         transform: called on each batch after collation (augmentation of a whole batch).
-        collate: makes a batch of a list of samples; torch's ``default_collate`` unless given.
+        collate: makes a batch of a list of samples; :func:`~axontrain.data.collate` unless given.
         drop_last: leave out a last batch that is smaller.
         seed: of order and randomness. In a Loop it is the Loop's unless given here; by itself it is 0 unless given.
         strict: whether a batch whose structure or trailing shape differs from the first is an error; None leaves that to
-            the Loop.
+            the Loop, except that batches of a BucketSampler may differ.
+        prefetch: batches that each worker makes ahead.
+        start_method: how workers are started: "fork", "spawn" or "forkserver"; None is the platform's own way.
+        timeout: seconds after which a batch that a worker has not made is an error. Starting does not count.
+        pin_memory: lay what workers make into pinned memory; in a Loop on a GPU that is done anyway.
 
     Iterated by itself it counts its own passes; ``batches(seed, epoch, start)`` says which pass.
 
@@ -44,35 +76,71 @@ class Loader:
     ...     batch.tolist() for batch in loader.batches(seed=0, epoch=0)
     ... ][2:]
     True
+
+    Raises:
+        DataError: for what is no dataset, or a sampler that does not fit it.
+        ConfigurationError: for arguments that cannot work together.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
-        batch_size: int,
+        dataset: Dataset | Any,
+        batch_size: int | None = None,
         *,
         shuffle: bool = False,
+        sampler: Any = None,
+        batch_sampler: Any = None,
+        workers: int = 0,
         transform: Callable[[Any], Any] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
         drop_last: bool = False,
         seed: int | None = None,
         strict: bool | None = None,
+        prefetch: int = 2,
+        start_method: str | None = None,
+        timeout: float = 8.0,
+        pin_memory: bool = False,
         **others: Any,
     ) -> None:
         reject(others, Loader.__init__)
-        self.dataset = checked(dataset)
-        self.batch_size = whole("batch_size", batch_size)
-        self.shuffle = shuffle
-        self.transform = transform
-        self.collate = collate
-        self.drop_last = drop_last
-        self.seed = seed
-        self.strict = strict
+        if isinstance(sampler, torch.utils.data.BatchSampler) and batch_sampler is None:
+            sampler, batch_sampler = None, sampler
+        self.source: Source | None = None
+        if is_iterable_only(dataset):
+            self._check_iterable(dataset, shuffle, sampler, batch_sampler, workers)
+            self.dataset: Any = dataset
+            self.source = Source(dataset, "the dataset")
+        else:
+            self.dataset = checked(dataset)
+        without = batch_size is None and batch_sampler is not None
+        self.batch_size = None if without else whole("batch_size", batch_size)
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.sampler, self.batch_sampler = sampler, batch_sampler
+        for name, one in (("sampler", sampler), ("batch_sampler", batch_sampler)):
+            if one is not None:
+                self._check_sampler(name, one)
+        self.workers = whole("workers", workers, 0)
+        self.transform, self.collate = transform, collate
+        self.seed, self.strict = seed, strict
+        if strict is None and hasattr(sampler, "batches"):
+            self.strict = False
+        self.prefetch = whole("prefetch", prefetch)
+        self.start_method = checked_method(start_method)
+        if not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise ConfigurationError(f"timeout={timeout!r}: seconds, above 0")
+        self.timeout, self.pin_memory = timeout, pin_memory
         self.passes = 0
+        self._held = _Held()
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + (1 if rest and not self.drop_last else 0)
+        if self.batch_sampler is not None:
+            return len(self.batch_sampler)
+        samples = len(self.dataset if self.sampler is None else self.sampler)
+        size = self._batch_size()
+        if isinstance(self.dataset, Mixture) and self.sampler is None:
+            return self.dataset.count(size, self.drop_last)
+        batches, rest = divmod(samples, size)
+        return batches + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[Any]:
         epoch, self.passes = self.passes, self.passes + 1
@@ -83,16 +151,66 @@ class Loader:
         """Whether all batches have one structure and trailing shape by construction."""
         return isinstance(self.dataset, ArrayDataset) and self.collate is None and self.transform is None
 
-    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of one epoch from index ``start`` on."""
-        if self.uniform:
-            return self._sliced(seed, epoch, start)
-        return self._made(seed, epoch, start)
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a batch may be read before the one ahead of it was trained on: not of an iterable."""
+        return self.source is None
 
-    def _sliced(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
-        data: ArrayDataset = self.dataset  # type: ignore[assignment]  # what uniform means
-        size, end = self.batch_size, self._end()
-        indices = order(seed, epoch, len(data)).to(data.tensors[0].device) if self.shuffle else None
+    def batches(
+        self,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        step: int | None = None,
+        pin_memory: bool | None = None,
+    ) -> Iterator[Any]:
+        """The batches of one epoch from index ``start`` on, to before ``stop``.
+
+        Args:
+            seed: of order and randomness.
+            epoch: the pass, from 0.
+            start: the first batch that is wanted; nothing before it is read.
+            stop: the first that is not.
+            share: (rank, ranks): of each batch the part that this rank trains on. The parts differ in size by one at most,
+                and put together they are the batch; one may be empty.
+            step: the run's step at the epoch's beginning, for a :class:`~axontrain.data.Mixture` that chooses by it; unless
+                given, ``epoch`` times the length of a pass.
+            pin_memory: in place of the Loader's own.
+        """
+        if self.source is not None:
+            return itertools.islice(self._streamed(seed, epoch, start, share), _count(start, stop))
+        self._check_size()
+        if self.workers == 0 and self.uniform and share == (0, 1) and self._order_is_sliced():
+            return self._sliced(seed, epoch, start, stop)
+        return self._made(self._tasks(seed, epoch, start, stop, share, step), pin_memory)
+
+    def close(self) -> None:
+        """End the workers of passes that are over; another pass starts new ones."""
+        for pool in [pool for pool in self._held.pools if not pool.busy]:
+            self._held.pools.remove(pool)
+            pool.close()
+
+    def same_batches(self, other: Loader) -> bool:
+        """Whether another Loader cuts data of this length into batches in the same way."""
+        ours, theirs = (
+            (
+                type(one.dataset) if one.source is None else id(one.dataset),
+                len(one.dataset) if one.source is None else None,
+                one.batch_size, one.shuffle, one.drop_last, id(one.sampler), id(one.batch_sampler), one.seed,
+            )
+            for one in (self, other)
+        )  # fmt: skip
+        return ours == theirs
+
+    def _sliced(self, seed: int, epoch: int, start: int, stop: int | None) -> Iterator[Any]:
+        data: ArrayDataset = self.dataset
+        size, end = self._batch_size(), self._end(stop)
+        indices = self._indices(seed, epoch)
+        if isinstance(indices, Tensor):
+            indices = indices.to(data.tensors[0].device)
         chunk = size * max(1, CHUNK_BYTES // max(1, size * data.bytes_per_sample()))
         for first in range(start * size, end, chunk):
             last = min(first + chunk, end)
@@ -101,57 +219,189 @@ class Loader:
             else:
                 rows = data._gathered(indices[first:last])
             parts = zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
-            if data.names is not None:
-                for part in parts:
-                    yield dict(zip(data.names, part, strict=True))
-            elif len(rows) == 1:
-                for (part,) in parts:
-                    yield part
-            else:
+            if data.flat:
                 yield from parts
+            else:
+                for part in parts:
+                    yield data.assemble(part)
 
-    def _made(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
-        data, size, end = self.dataset, self.batch_size, self._end()
-        indices = order(seed, epoch, len(data)) if self.shuffle else None
-        for index, first in enumerate(range(start * size, end, size), start):
-            last = min(first + size, end)
-            rows = torch.arange(first, last) if indices is None else indices[first:last]
-            with seeded(derive(seed, "batch", epoch, index)):
-                try:
-                    batch = self._batch(data, rows)
-                except Exception as error:
-                    error.add_note(f"in batch {index} of epoch {epoch}, made of the samples {_short(rows.tolist())}")
-                    raise
+    def _made(self, tasks: Iterator[Task], pin_memory: bool | None) -> Iterator[Any]:
+        if self.workers:
+            yield from self._pool(self.pin_memory if pin_memory is None else pin_memory).run(tasks)
+            return
+        maker = self._made_by()
+        for task in tasks:
+            with kept():
+                batch = maker(task)
             yield batch
 
-    def _batch(self, data: Any, rows: Tensor) -> Any:
-        if self.collate is None and hasattr(data, "gather"):
-            batch = data.gather(rows)
-        else:
-            indices = rows.tolist()
-            many = getattr(data, "__getitems__", None)
-            samples = _one_by_one(data, indices) if many is None else many(indices)
-            batch = (self.collate or default_collate)(samples)
-        return batch if self.transform is None else self.transform(batch)
+    def _streamed(self, seed: int, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Any]:
+        assert self.source is not None
+        maker, size = Maker(None, self.collate, self.transform), self._batch_size()
+        for index, samples in enumerate(self.source.read(seed, epoch, start, size), start):
+            if len(samples) < size and self.drop_last:
+                return
+            task = Task(seed, epoch, index, list(range(len(samples))), *_part(len(samples), share))
+            with kept():
+                batch = maker.of_samples(samples, task)
+            yield batch
 
-    def _end(self) -> int:
-        n = len(self.dataset)
-        return n - n % self.batch_size if self.drop_last else n
+    def _tasks(
+        self, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], step: int | None
+    ) -> Iterator[Task]:
+        for index, rows in enumerate(self._rows(seed, epoch, start, stop, step), start):
+            yield Task(seed, epoch, index, rows.tolist(), *_part(len(rows), share))
+
+    def _rows(self, seed: int, epoch: int, start: int, stop: int | None, step: int | None) -> Iterator[Tensor]:
+        """The indices of each batch."""
+        count = _count(start, stop)
+        if isinstance(self.dataset, Mixture) and self.sampler is None and self.batch_sampler is None:
+            size = self._batch_size()
+            begun = epoch * len(self) if step is None else step
+            chosen = self.dataset.rows(seed, epoch, size, shuffle=self.shuffle, drop_last=self.drop_last, step=begun)
+            yield from itertools.islice(chosen(start), count)
+        elif hasattr(self.sampler, "batches"):
+            batches = self.sampler.batches(seed, epoch, self._batch_size(), drop_last=self.drop_last)
+            yield from batches[start:stop]
+        elif self.batch_sampler is not None:
+            yield from itertools.islice(self._lists(seed, epoch, start), count)
+        elif self.sampler is not None and not hasattr(self.sampler, "indices"):
+            yield from itertools.islice(self._drawn(seed, epoch, start), count)
+        else:
+            yield from self._cut(self._indices(seed, epoch), start, stop)
+
+    def _cut(self, indices: Any, start: int, stop: int | None) -> Iterator[Tensor]:
+        size, end = self._batch_size(), self._end(stop)
+        chunk = size * max(1, CHUNK_ROWS // size)
+        for first in range(start * size, end, chunk):
+            last = min(first + chunk, end)
+            if indices is None:
+                rows = torch.arange(first, last)
+            else:
+                rows = indices.rows(first, last) if isinstance(indices, BlockOrder) else indices[first:last]
+            yield from torch.split(rows, size)
+
+    def _lists(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
+        who, size = f"the batch_sampler ({type(self.batch_sampler).__name__})", len(self.dataset)
+        for rows in itertools.islice(Foreign(self.batch_sampler, seed, epoch).items(), start, None):
+            found = as_rows(rows, who)
+            if not len(found) or (self.batch_size is not None and len(found) > self.batch_size):
+                raise DataError(f"{who} gave a batch of {len(found)}: 1 or more, and no more than batch_size={self.batch_size}")
+            yield within(found, size, who)
+
+    def _drawn(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
+        who, size, n = f"the sampler ({type(self.sampler).__name__})", self._batch_size(), len(self.dataset)
+        drawn = itertools.islice(Foreign(self.sampler, seed, epoch).items(), start * size, None)
+        while rows := list(itertools.islice(drawn, size)):
+            if len(rows) < size and self.drop_last:
+                return
+            yield within(as_rows(rows, who), n, who)
+
+    def _indices(self, seed: int, epoch: int) -> Tensor | Permutation | Any:
+        """The order of an epoch, as what can be sliced; None for the dataset's own."""
+        if self.sampler is not None:
+            return self.sampler.indices(seed, epoch)
+        if not self.shuffle:
+            return None
+        blocks = getattr(self.dataset, "blocks", None)
+        if blocks is not None:  # read a block at a time
+            return order_in_blocks(seed, epoch, blocks, self.dataset.window)
+        return order(seed, epoch, len(self.dataset))
+
+    def _order_is_sliced(self) -> bool:
+        return self.batch_sampler is None and (self.sampler is None or hasattr(self.sampler, "indices"))
+
+    def _end(self, stop: int | None) -> int:
+        size, n = self._batch_size(), len(self.dataset if self.sampler is None else self.sampler)
+        end = n - n % size if self.drop_last else n
+        return end if stop is None else min(end, stop * size)
+
+    def _batch_size(self) -> int:
+        assert self.batch_size is not None  # without it there is a batch_sampler
+        return self.batch_size
+
+    def _made_by(self) -> Maker | MixtureMaker:
+        if self._held.maker is None:
+            made = self.dataset.maker if isinstance(self.dataset, Mixture) else functools.partial(Maker, self.dataset)
+            self._held.maker = made(self.collate, self.transform)
+        return self._held.maker
+
+    def _pool(self, pin_memory: bool) -> Workers:
+        for pool in self._held.pools:
+            if not pool.busy and pool.pin == pin_memory:
+                return pool
+        pool = Workers(
+            self._made_by(),
+            self.workers,
+            prefetch=self.prefetch,
+            start_method=self.start_method,
+            timeout=self.timeout,
+            pin=pin_memory,
+        )
+        self._held.pools.append(pool)
+        return pool
+
+    def _check_size(self) -> None:
+        size = len(self.dataset)
+        if self._held.size is None:
+            self._held.size = size
+        elif self._held.size != size:
+            raise DataError(
+                f"the dataset ({kind_of(self.dataset)}) had {self._held.size} samples and now has {size}: the order of a "
+                f"pass is one of all its samples, so make a new Loader of it, and call fit again"
+            )
+
+    def _check_sampler(self, name: str, sampler: Any) -> None:
+        batches = name == "batch_sampler"
+        if self.shuffle:
+            raise ConfigurationError(f"shuffle=True and {name}=: the {name} says the order by itself")
+        if batches and self.sampler is not None:
+            raise ConfigurationError("sampler= and batch_sampler=: the batch_sampler says the order by itself")
+        if batches and self.drop_last:
+            raise ConfigurationError("drop_last=True and batch_sampler=: the batch_sampler makes the batches by itself")
+        if not is_sampler(sampler) or (batches and hasattr(sampler, "indices")):
+            what = "lists of indices" if batches else "indices"
+            raise DataError(f"{name} is {kind_of(sampler)}: it is an iterable of {what} that starts anew each epoch")
+        covers = getattr(sampler, "covers", None)
+        if covers is not None and covers != len(self.dataset):
+            raise DataError(
+                f"{type(sampler).__name__} was made of {covers} values and the dataset has {len(self.dataset)} samples: "
+                f"it needs one for each"
+            )
+
+    @staticmethod
+    def _check_iterable(dataset: Any, shuffle: bool, sampler: Any, batch_sampler: Any, workers: int) -> None:
+        named = {"shuffle": shuffle, "sampler": sampler, "batch_sampler": batch_sampler, "workers": workers}
+        for name, value in named.items():
+            if value:
+                raise ConfigurationError(
+                    f"{name}={value!r} with {kind_of(dataset)}, which can only be iterated: it has one order, and one process "
+                    f"reads it. Shuffle it by its own means, or pass what has __len__ and __getitem__"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": _Held()}
 
     def __repr__(self) -> str:
-        return f"Loader({len(self)} batches of {self.batch_size}{', shuffled' if self.shuffle else ''})"
+        try:
+            told = f"{len(self)} batches of "
+        except TypeError:
+            told = "batches of "
+        how = f"{', shuffled' if self.shuffle else ''}{f', {self.workers} workers' if self.workers else ''}"
+        return f"Loader({told}{self.batch_size or 'its batch_sampler'}{how})"
 
 
-def _one_by_one(data: Any, indices: list[int]) -> list[Any]:
-    samples: list[Any] = []
-    try:
-        for index in indices:
-            samples.append(data[index])  # noqa: PERF401  # so that it is known which one failed
-    except Exception as error:
-        error.add_note(f"in the sample at index {indices[len(samples)]}")
-        raise
-    return samples
+def _part(size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """The part of a batch that is one rank's: the first ranks have one more where it does not come out even.
+
+    >>> [_part(10, (rank, 4)) for rank in range(4)]
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+    """
+    rank, ranks = share
+    least, more = divmod(size, ranks)
+    first = rank * least + min(rank, more)
+    return first, first + least + (rank < more)
 
 
-def _short(indices: list[int]) -> str:
-    return str(indices) if len(indices) <= 8 else f"[{', '.join(map(str, indices[:8]))}, ... {len(indices)} in all]"
+def _count(start: int, stop: int | None) -> int | None:
+    return None if stop is None else max(0, stop - start)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+from torch.utils.data import IterableDataset
+
+from axontrain.data.iterables import is_maker
 from axontrain.errors import DataError, kind_of
 
 
@@ -27,7 +30,16 @@ class Dataset(Protocol):
 
 def is_dataset(data: Any) -> TypeGuard[Dataset]:
     """Whether ``data`` has what the protocol asks for: on its class, where Python looks for it."""
+    if isinstance(data, IterableDataset):  # which inherits a __getitem__ that it has not
+        return False
     return hasattr(type(data), "__len__") and hasattr(type(data), "__getitem__")
+
+
+def is_iterable_only(data: Any) -> bool:
+    """Whether ``data`` can be iterated and no more: a torch IterableDataset, a generator, a function that returns one."""
+    if isinstance(data, type) or is_dataset(data):
+        return False
+    return isinstance(data, IterableDataset) or is_maker(data) or hasattr(type(data), "__iter__")
 
 
 def reject_frame(data: Any, name: str) -> None:

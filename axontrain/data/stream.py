@@ -5,17 +5,24 @@ What wraps the data does it here, once, before the loop starts: the check of sha
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from axontrain.data.arrays import ArrayDataset
+from axontrain.data.iterables import Source, is_iterable
 from axontrain.data.loader import Loader
+from axontrain.data.mixture import Mixture
 from axontrain.data.protocol import is_dataset, reject_frame
+from axontrain.data.structure import signature, to_device
+from axontrain.data.transfer import ahead
 from axontrain.errors import BatchMismatchError, DataError, EmptyDataError, kind_of, whole
+from axontrain.objective import task_of
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -54,19 +61,23 @@ class Stream:
                 f"{kind_of(data[0])}): wrap it, ax.Loader({name}, batch_size); if it is batches, pass strict=False to the Loop"
             )
         self.loader = _loader(data, name, batch_size, shuffle)
+        self.source: Source | None
         if self.loader is None:
-            self.strict = strict
+            self.strict, self.source = strict, Source(data, name)
         else:
             own = self.loader.strict
-            self.strict = (strict if own is None else own) and not self.loader.uniform
-        self._first: list[str] | None = None
-        self._live: Iterator[Any] | None = None
-        self._position = (-1, -1)
+            self.strict, self.source = (strict if own is None else own) and not self.loader.uniform, self.loader.source
+        self._first: dict[str | None, list[str]] = {}  # by task
 
     @property
     def brings_batches(self) -> bool:
         """Whether the data is batched already, so that a batch size would have no effect on it."""
         return self.loader is None or self.loader is self.data
+
+    @property
+    def of_one_task(self) -> bool:
+        """Whether no batch can be of a task: all a dataset gives, unless it is a Mixture."""
+        return self.loader is not None and self.loader.source is None and not isinstance(self.loader.dataset, Mixture)
 
     @property
     def length(self) -> int | None:
@@ -77,138 +88,91 @@ class Stream:
             return None
         return length if self.limit is None else min(length, self.limit)
 
-    def batches(self, seed: int, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of an epoch from index ``start`` on; never more than one read at a time.
+    def batches(self, seed: int, epoch: int, start: int = 0, step: int | None = None) -> Iterator[Any]:
+        """The batches of an epoch from index ``start`` on; ``step`` is the run's at the epoch's beginning.
+
+        An iterable is read batch by batch and never ahead, since what it gives may depend on what was learnt so far.
 
         Raises:
             EmptyDataError: if a pass gives no batch at all.
         """
-        batches = self._from(seed, epoch, start)
-        if self.limit is not None:
-            batches = itertools.islice(batches, max(0, self.limit - start))
+        cuda = self.device is not None and self.device.type == "cuda"
+        if self.loader is not None:
+            own = seed if self.loader.seed is None else self.loader.seed
+            pin = True if cuda else None
+            batches = self.loader.batches(own, epoch, start, self.limit, step=step, pin_memory=pin)
+        else:
+            assert self.source is not None  # what is no Loader is read by a Source
+            batches = self.source.read(seed, epoch, start)
+            if self.limit is not None:
+                batches = itertools.islice(batches, max(0, self.limit - start))
         if self.strict:
             batches = self._checked(batches, epoch, start)
-        if self.device is not None and self.device.type != "cpu":
-            batches = (to_device(batch, self.device) for batch in batches)
-        return batches
+        if self.device is None or self.device.type == "cpu":
+            return batches
+        if cuda and self.loader is not None and self.loader.looks_ahead:
+            return ahead(batches, self.device)
+        return map(functools.partial(to_device, device=self.device), batches)
 
     def goes_on_from(self, other: Stream) -> bool:
         """Take over how far ``other`` has read the same data; False if the batches are not the same as there."""
-        if self.loader is not None and other.loader is not None:
-            mine, its = self.loader, other.loader
-            return (len(mine.dataset), mine.batch_size, mine.shuffle) == (len(its.dataset), its.batch_size, its.shuffle)
-        if self.data is other.data:
-            self._live, self._position, self._first = other._live, other._position, other._first
-        return self.data is other.data
+        if self.source is not None and other.source is not None:
+            if self.source.data is not other.source.data or not self._cut_as(other):
+                return False
+            self.source.goes_on_from(other.source)
+            self._first = other._first
+            return True
+        return self.loader is not None and other.loader is not None and self.loader.same_batches(other.loader)
+
+    def _cut_as(self, other: Stream) -> bool:
+        if self.loader is None or other.loader is None:
+            return self.loader is other.loader
+        return self.loader.same_batches(other.loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far an iterable was read; a dataset's batches are a function of the epoch and need nothing."""
+        return {} if self.source is None else self.source.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        if self.source is not None and state:
+            self.source.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the workers of a Loader."""
+        if self.loader is not None:
+            self.loader.close()
 
     def empty(self) -> EmptyDataError:
         """The error for a pass that gave no batch."""
-        if self.loader is not None:
+        if self.loader is not None and self.loader.source is None:
             rest = len(self.loader.dataset)
             why = f"{rest} samples, batch_size={self.loader.batch_size}, drop_last={self.loader.drop_last}"
-        elif self.data is not None and iter(self.data) is self.data:
+        elif self.source is not None and self.source.once:
             why = "it is an iterator, which can be read once: pass an iterable that starts anew, as a list or a Loader"
         else:
             why = f"it is {kind_of(self.data)}"
         return EmptyDataError(f"{self.name} gave no batch: {why}")
 
-    def _from(self, seed: int, epoch: int, start: int) -> Iterator[Any]:
-        if self.loader is not None:
-            return self.loader.batches(seed if self.loader.seed is None else self.loader.seed, epoch, start)
-        live = self._live
-        if live is not None and start and self._position == (epoch, start):
-            return self._counted(live, epoch, start)
-        fresh = iter(self.data)
-        if start and fresh is not self.data:  # an iterator stands where it was left; an iterable starts anew
-            for _ in itertools.islice(fresh, start):
-                pass
-        self._live = fresh
-        return self._counted(fresh, epoch, start)
-
-    def _counted(self, batches: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:
-        # Remembers how far an iterable has been read, so that a second fit goes on with the batches that are left.
-        for index, batch in enumerate(batches, start):
-            self._position = (epoch, index + 1)
-            yield batch
-
     def _checked(self, batches: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:
         for index, batch in enumerate(batches, start):
-            now = signature(batch)
-            if self._first is None:
-                self._first = now
-            elif now != self._first:
+            task = task_of(batch)
+            now = signature(batch if task is None else batch.batch)
+            first = self._first.get(task)
+            if first is None:
+                if isinstance(self.data, IterableDataset) and _is_sample(batch):
+                    raise DataError(
+                        f"{self.name} is {kind_of(self.data)}, which gives samples (the first is {kind_of(batch)}), and is "
+                        f"read as batches: wrap it, ax.Loader({self.name}, batch_size)"
+                    )
+                self._first[task] = now
+            elif now != first:
                 raise BatchMismatchError(
                     f"{self.name}: batch {index} of epoch {epoch} differs from the first batch in structure or trailing "
-                    f"shape: expected {_written(self._first)}, got {_written(now)}. "
+                    f"shape: expected {_written(first)}, got {_written(now)}. "
                     f"Pad or collate it to one shape, or pass strict=False to the Loop if this is meant."
                 )
             yield batch
-
-
-def signature(batch: Any) -> list[str]:
-    """The structure and trailing shapes of a batch: what may not change from one batch to the next.
-
-    >>> signature((torch.zeros(4, 3), {"y": torch.zeros(4)}))
-    ['[0]: (*, 3)', "[1]['y']: (*)"]
-    """
-    found: list[str] = []
-    _describe(batch, "", found)
-    return found
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch, whatever its structure."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
-
-
-def joined(parts: list[tuple[Any, int]]) -> Any:
-    """Put predictions of batches together; each comes with the size of its batch.
-
-    Tensors are joined along their first dimension, mappings and tuples item by item. A list with an item for each sample (as
-    text or boxes are) is made longer; any other list is taken item by item too.
-
-    Raises:
-        DataError: if tensors of different batches differ in their trailing shape.
-    """
-    values = [value for value, _ in parts]
-    first = values[0]
-    if isinstance(first, Tensor):
-        if any(value.shape[1:] != first.shape[1:] for value in values):
-            raise DataError(
-                "the predictions of different batches differ in shape, so they cannot be put together: "
-                "use predict(..., stream=True), which gives them batch by batch"
-            )
-        return torch.cat(values) if first.dim() else torch.stack(values)
-    if isinstance(first, Mapping):
-        return {key: joined([(value[key], size) for value, size in parts]) for key in first}
-    if isinstance(first, list) and all(len(value) == size for value, size in parts):
-        return [item for value in values for item in value]
-    if isinstance(first, (tuple, list)):
-        items = [joined([(value[index], size) for value, size in parts]) for index in range(len(first))]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return values
-
-
-def _describe(value: Any, path: str, found: list[str]) -> None:
-    if isinstance(value, Tensor) or hasattr(value, "shape"):
-        rest = ", ".join(map(str, value.shape[1:]))
-        found.append(f"{path or 'batch'}: ({'*' if len(value.shape) else ''}{', ' + rest if rest else ''})")
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=repr):  # the same names in another order are no other structure
-            _describe(value[key], f"{path}[{key!r}]", found)
-    elif isinstance(value, (tuple, list)) and not (value and isinstance(value[0], (str, bytes, int, float))):
-        for index, item in enumerate(value):
-            _describe(item, f"{path}[{index}]", found)
-    else:
-        found.append(f"{path or 'batch'}: {type(value).__name__}")
 
 
 def _written(parts: list[str]) -> str:
@@ -234,7 +198,7 @@ def _loader(data: Any, name: str, batch_size: int, shuffle: bool) -> Loader | No
         # A list is taken for what it most often is in training code, one stream of batches; wrap it in a Loader to
         # have it taken for samples.
         loader = None
-        if not isinstance(data, Iterable) and not hasattr(type(data), "__getitem__"):
+        if not is_iterable(data):
             raise DataError(
                 f"{name} is {kind_of(data)}: pass a Dataset (it has no __len__ or no __getitem__), a Loader, or an "
                 f"iterable of batches (it has no __iter__)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from axontrain.execution.notes import note
 from axontrain.execution.signals import interruptible
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
+from axontrain.objective import Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
@@ -68,7 +69,7 @@ class Run:
         state, self.exhausted = self.state, False
         if state.request is not None:
             return
-        for batch in self.train.batches(state.seed, state.epoch, state.batch_index):
+        for batch in self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index):
             self.batch = batch
             yield batch
             self.batch = None
@@ -76,6 +77,14 @@ class Run:
             raise self.train.empty()
         self.exhausted = True
         state.epoch_length = state.batch_index  # data of no known length has one now
+
+    @property
+    def record(self) -> Callable[[Step], None]:
+        """What takes in each step: a plain dataset's go into one account, those of tasks into one for each."""
+        return self.state.meter.record if self.train.of_one_task else self._record_by_task
+
+    def _record_by_task(self, step: Step) -> None:
+        self.state.meter.record(step, task_of(self.batch))
 
     def epoch_is_over(self) -> bool:
         """Whether the present epoch counts as completed: its batches are through, or a hook ended it."""
@@ -139,6 +148,9 @@ def session(run: Run) -> Iterator[None]:
         finally:
             state.stop_clock()
             run.batch = None
+            for stream in (run.train, run.validation):
+                if stream is not None:
+                    stream.close()
             if hooks.after_fit is not None:
                 hooks.after_fit(state)
             state.request, state.plan = None, None

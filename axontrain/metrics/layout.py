@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import MetricError, kind_of
+from axontrain.objective import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,27 @@ class Layout:
         if targets.is_floating_point():
             targets = targets.argmax(1) if self.task == "multiclass" else targets > 0.5
         return targets.long()
+
+    def weights(self, name: str, weights: Tensor, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Spread sample weights over what is counted, in double precision: class indices, or binary and label targets.
+
+        >>> layout, labels = Layout("multiclass", 5, -1), torch.zeros(2, 3, dtype=torch.long)
+        >>> layout.weights("f1", torch.tensor([1, 2]), torch.randn(2, 3, 5), labels).tolist()
+        [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]
+
+        Raises:
+            MetricError: if they fit neither samples nor targets.
+        """
+        shape = targets.shape
+        if self.task == "multiclass" and targets.is_floating_point():
+            shape = shape[:1] + shape[2:]
+        each = spread(weights, shape, predictions.shape) if self.task == "binary" else spread(weights, shape)
+        if each is None and self.task == "multilabel":  # one for each pixel, of all its labels
+            each = spread(weights, shape[:1] + shape[2:])
+            each = None if each is None else each.unsqueeze(1).expand(shape)
+        if each is None:
+            raise misfit(name, weights, targets)
+        return precise(each)
 
     def align(self, predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Bring a batch to the shapes torchmetrics takes: classes in dimension 1, or two tensors of one shape.
@@ -130,6 +152,19 @@ def infer(name: str, predictions: Tensor, targets: Tensor) -> Layout:
             "with labels. If yours is another task, pass a torchmetrics instance or a function"
         )
     return layout
+
+
+def precise(weights: Tensor) -> Tensor:
+    """In double precision, where the device has it."""
+    return weights.to(torch.float32 if weights.device.type == "mps" else torch.float64)
+
+
+def misfit(name: str, weights: Tensor, targets: object) -> MetricError:
+    """The error for weights of another shape than the data."""
+    return MetricError(
+        f"metric {name!r}: the Step's sample_weights are {kind_of(weights)}, and targets {kind_of(targets)}: weights are (B,), "
+        "one a sample, or of the targets' shape"
+    )
 
 
 def _extra(longer: torch.Size, shorter: torch.Size) -> int | None:

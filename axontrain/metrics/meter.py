@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.errors import MetricError
+from axontrain.errors import MetricError, kind_of
 from axontrain.metrics.means import Entry, Sums, means, merge, summed
 from axontrain.metrics.registry import Built, build, resolve
-from axontrain.objective import Step
+from axontrain.objective import Step, batch_size
 
 FOLD = 256
 SMALL_BYTES = 256 * 1024
 MOST_BYTES = 64 * 1024 * 1024
+
+# predictions, targets, skipped (a flag on the device, or None), weights
+Waiting = tuple[Any, Any, Tensor | None, Tensor | None]
 
 
 class Meter:
@@ -41,19 +44,33 @@ class Meter:
         self._specs = resolve(metrics)
         self._functions: list[Built] = []
         self._tallies: list[_Tally] | None = None if self._specs else []
-        self._losses: list[tuple[Tensor, int | Tensor, Tensor | None, Mapping[str, Any]]] = []
+        # loss, weight, skipped, values, and the weights of those values that have one of their own
+        self._losses: list[tuple[Tensor, int | Tensor, Tensor | None, Mapping[str, Any], Mapping[str, Any] | None]] = []
         self._sums: Sums = {}
         self._saved: dict[str, Any] = {}
+        self._of_tasks: dict[str, Meter] = {}
 
     def __len__(self) -> int:
         return len(self._losses) + len(self._sums)
 
-    def record(self, step: Step) -> None:
-        """Take a step in. Its loss is detached already."""
+    def record(self, step: Step, task: str | None = None) -> None:
+        """Take a step in. Its loss is detached already.
+
+        A step of a ``task`` counts in the readings of that task, ``task/loss`` and its metrics, and in the loss of all.
+
+        Raises:
+            MetricError: if a metric does not fit what the step has: predictions, targets, or weights that it cannot take.
+        """
+        if task is not None:
+            if task not in self._of_tasks:
+                self._of_tasks[task] = Meter(self._specs)
+            self._of_tasks[task].record(step)
+            step = Step(step.loss, weight=step.weight, skipped=step.skipped)
         values = _detached(step.values) if step.values else step.values
-        if self._specs:
-            values = self._measured(step, values)
-        self._losses.append((step.loss, step.weight, step.skipped, values))
+        weights = None
+        if self._specs and task is None:
+            values, weights = self._measured(step, values)
+        self._losses.append((step.loss, step.weight, step.skipped, values, weights))
         if len(self._losses) == FOLD:
             self._sums = merge(self._sums, self._fold())
             self._losses = []
@@ -66,6 +83,8 @@ class Meter:
         readings: dict[str, Any] = means(merge(self._sums, self._fold()))
         for tally in self._tallies or ():
             readings |= tally.read(last)
+        for task, meter in self._of_tasks.items():
+            readings |= {f"{task}/{name}": value for name, value in meter.read(last=last).items()}
         return readings
 
     def reset(self) -> None:
@@ -73,48 +92,72 @@ class Meter:
         self._losses, self._sums, self._saved = [], {}, {}
         for tally in self._tallies or ():
             tally.reset()
+        for meter in self._of_tasks.values():
+            meter.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """What has been taken in, folded and not yet folded."""
         return {
             "sums": {name: tensor.clone() for name, tensor in self._sums.items()},
             "losses": [
-                {"loss": loss, "weight": weight, "skipped": skipped, "values": dict(values)}
-                for loss, weight, skipped, values in self._losses
+                {"loss": loss, "weight": weight, "skipped": skipped, "values": dict(values), "weights": weights}
+                for loss, weight, skipped, values, weights in self._losses
             ],
             "metrics": {tally.name: tally.state_dict() for tally in self._tallies or ()} or self._saved,
+            "tasks": {task: meter.state_dict() for task, meter in self._of_tasks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self._sums = dict(state["sums"])
-        self._losses = [(of["loss"], of["weight"], of["skipped"], of["values"]) for of in state["losses"]]
+        self._losses = [(of["loss"], of["weight"], of["skipped"], of["values"], of.get("weights")) for of in state["losses"]]
         self._saved = dict(state["metrics"])
         for tally in self._tallies or ():
             tally.reset()
         self._fill()
+        self._of_tasks = {}
+        for task, of_task in state.get("tasks", {}).items():
+            self._of_tasks[task] = Meter(self._specs)
+            self._of_tasks[task].load_state_dict(of_task)
 
     def _fold(self) -> Sums:
         entries: dict[str, list[Entry]] = defaultdict(list)
-        for loss, weight, skipped, values in self._losses:
+        for loss, weight, skipped, values, weights in self._losses:
             entries["loss"].append((loss, weight, skipped))
             for name, value in values.items():
-                entries[name].append((value, weight, skipped))
+                own = weight if weights is None else weights.get(name, weight)
+                entries[name].append((value, own, skipped))
         return summed(entries)
 
-    def _measured(self, step: Step, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _measured(self, step: Step, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
         predictions, targets = _detached(step.predictions), _detached(step.targets)
         if self._tallies is None:
             built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
             self._functions = [one for one in built if one.function is not None]
             self._tallies = [_Tally(one) for one in built if one.metric is not None]
             self._fill()
+        if step.sample_weights is not None:
+            return self._weighted(step, values, predictions, targets)
         if self._functions:
             with torch.no_grad():
                 values = {**values, **{one.name: one.function(predictions, targets) for one in self._functions}}  # type: ignore[misc]
         for tally in self._tallies:
             tally.record(predictions, targets, step.skipped)
-        return values
+        return values, None
+
+    def _weighted(
+        self, step: Step, values: Mapping[str, Any], predictions: Any, targets: Any
+    ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        weights = _of_samples(step.sample_weights, targets)
+        taken = {one.name: one.taken(weights) for one in self._functions}
+        of_tallies = [tally.built.taken(weights) for tally in self._tallies or ()]
+        with torch.no_grad():
+            # Each value is averaged by what it is the mean of: the weights, or the samples if they are kept from it.
+            own = {name: batch_size(weights) if of_name is None else weights.sum() for name, of_name in taken.items()}
+            measured = {one.name: one.function(predictions, targets, taken[one.name]) for one in self._functions}  # type: ignore[misc]
+        for tally, of_tally in zip(self._tallies or (), of_tallies, strict=True):
+            tally.record(predictions, targets, step.skipped, of_tally)
+        return {**values, **measured}, own
 
     def _fill(self) -> None:
         # Metrics are built from a first batch, which a restored run has yet to see: their state waits for them.
@@ -129,21 +172,21 @@ class _Tally:
     def __init__(self, built: Built) -> None:
         assert built.metric is not None
         self.built, self.name, self.metric = built, built.name, built.metric
-        self.waiting: list[tuple[Any, Any, Tensor | None]] = []
+        self.waiting: list[Waiting] = []
         self.bytes = 0
         self.updates = 0
         self.listed = any(isinstance(value, list) for value in self.metric._defaults.values())
 
-    def record(self, predictions: Any, targets: Any, skipped: Tensor | None) -> None:
+    def record(self, predictions: Any, targets: Any, skipped: Tensor | None, weights: Tensor | None = None) -> None:
         size = _bytes(predictions) + _bytes(targets)
         joined = self.built.joinable and size <= SMALL_BYTES
         if not joined and not (self.listed and skipped is not None):
             if self.waiting:
                 self._consume(len(self.waiting))
-            self._update(predictions, targets, skipped)
+            self._update(predictions, targets, skipped, weights)
             return
         # Copies: a model may write its outputs into one buffer, a loader its batches.
-        self.waiting.append((_copied(predictions), _copied(targets), skipped))
+        self.waiting.append((_copied(predictions), _copied(targets), skipped, None if weights is None else weights.clone()))
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and len(self.waiting) >= FOLD):
@@ -175,7 +218,7 @@ class _Tally:
         states = {key: getattr(self.metric, key) for key in self.metric._defaults}
         return {
             "states": {k: list(v) if isinstance(v, list) else v.clone() for k, v in states.items()},
-            "waiting": [[p, t, flag] for p, t, flag in self.waiting],
+            "waiting": [list(entry) for entry in self.waiting],
             "updates": self.updates,
         }
 
@@ -186,8 +229,8 @@ class _Tally:
                 raise MetricError(f"the metric {self.name!r} has no state {key!r}: the saved one was another metric")
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        self.waiting = [(p, t, flag) for p, t, flag in state["waiting"]]
-        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _ in self.waiting)
+        self.waiting = [(p, t, flag, weights) for p, t, flag, weights in state["waiting"]]
+        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting)
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
@@ -196,10 +239,10 @@ class _Tally:
         for first in range(0, count, FOLD):
             self.updates += self._give(self.metric, self.waiting[first : min(first + FOLD, count)])
         self.waiting = self.waiting[count:]
-        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _ in self.waiting)
+        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting)
 
-    def _give(self, metric: Any, group: list[tuple[Any, Any, Tensor | None]]) -> int:
-        flags = [flag for _, _, flag in group if flag is not None]
+    def _give(self, metric: Any, group: list[Waiting]) -> int:
+        flags = [flag for _, _, flag, _ in group if flag is not None]
         if flags and any(read := torch.stack(flags).tolist()):
             left_out = iter(read)
             group = [entry for entry in group if entry[2] is None or not next(left_out)]
@@ -210,29 +253,33 @@ class _Tally:
                 while last < len(group) and _fits(group[first], group[last]):
                     last += 1
             part = group[first:last]
-            if len(part) == 1:
-                predictions, targets = part[0][0], part[0][1]
-            else:
-                predictions, targets = torch.cat([p for p, _, _ in part]), torch.cat([t for _, t, _ in part])
-            self._checked(metric, predictions, targets)
+            predictions, targets, _, weights = part[0]
+            if len(part) > 1:
+                predictions, targets = torch.cat([p for p, _, _, _ in part]), torch.cat([t for _, t, _, _ in part])
+                if weights is not None:
+                    weights = torch.cat([w for _, _, _, w in part])  # type: ignore[misc]  # as _fits saw
+            self._checked(metric, predictions, targets, weights)
             count, first = count + 1, last
         return count
 
-    def _update(self, predictions: Any, targets: Any, skipped: Tensor | None) -> None:
+    def _update(self, predictions: Any, targets: Any, skipped: Tensor | None, weights: Tensor | None) -> None:
         # Not kept for later, as too large or not to be joined: undone on the device where the step was skipped.
         kept = {}
         if skipped is not None:
             kept = {key: getattr(self.metric, key).clone() for key in self.metric._defaults}
-        self._checked(self.metric, predictions, targets)
+        self._checked(self.metric, predictions, targets, weights)
         self.updates += 1
         for key, before in kept.items():
             after = getattr(self.metric, key)
             setattr(self.metric, key, torch.where(skipped.to(after.device) > 0, before, after))  # type: ignore[union-attr]
 
-    def _checked(self, metric: Any, predictions: Any, targets: Any) -> None:
+    def _checked(self, metric: Any, predictions: Any, targets: Any, weights: Tensor | None) -> None:
         with torch.no_grad():
             try:
-                metric.update(*self.built.prepare(predictions, targets))
+                if weights is None:
+                    metric.update(*self.built.prepare(predictions, targets))
+                else:
+                    self.built.update(metric, predictions, targets, weights)
             except MetricError:
                 raise
             except Exception as error:
@@ -249,6 +296,17 @@ def _detached(value: Any) -> Any:
     return value
 
 
+def _of_samples(weights: Any, targets: Any) -> Tensor:
+    # Before batches are joined, where too many weights of one would make up for too few of another.
+    if not isinstance(weights, Tensor) or not weights.dim():
+        raise MetricError(f"the Step's sample_weights are {kind_of(weights)}; they are a tensor (B,), one weight a sample")
+    if isinstance(targets, Tensor) and weights.shape[0] != (len(targets) if targets.dim() else 1):
+        raise MetricError(
+            f"the Step's sample_weights are {kind_of(weights)}, and its targets {kind_of(targets)}: one weight a sample"
+        )
+    return weights.detach()
+
+
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
@@ -257,8 +315,10 @@ def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor) else SMALL_BYTES + 1
 
 
-def _fits(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any]) -> bool:
-    return all(
-        x.shape[1:] == y.shape[1:] and x.dtype == y.dtype and x.dim() and x.dim() == y.dim()
-        for x, y in zip(a[:2], b[:2], strict=True)
-    )
+def _fits(a: Waiting, b: Waiting) -> bool:
+    pairs = [(a[0], b[0]), (a[1], b[1])]
+    if a[3] is not None and b[3] is not None:
+        pairs.append((a[3], b[3]))
+    elif a[3] is not b[3]:  # one has weights
+        return False
+    return all(x.shape[1:] == y.shape[1:] and x.dtype == y.dtype and x.dim() and x.dim() == y.dim() for x, y in pairs)

@@ -28,6 +28,10 @@ the counts are sums over items, integers, added on the device, and that decision
 joining or splitting batches cannot change a value. Float targets that are no classes are counted too, and refused when
 the value is read.
 
+Weighted, each sum is of weights instead of ones, in double precision: ``accuracy`` is sum w_i [right_i] / sum w_i, and an
+integer weight counts as so many copies of the sample. What weighs 0 is left out, be it NaN. Counts stay integers for as
+long as no batch has weights.
+
 .. [1] L. R. Dice, Measures of the amount of ecologic association between species, Ecology 26 (1945).
 .. [2] P. Jaccard, The distribution of the flora in the alpine zone, New Phytologist 11 (1912).
 .. [3] T. Fawcett, An introduction to ROC analysis, Pattern Recognition Letters 27 (2006).
@@ -46,10 +50,12 @@ import torchmetrics.text
 from torch import Tensor
 from torchmetrics.functional import cosine_similarity
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+from torchmetrics.functional.regression.r2 import _r2_score_compute
 from torchmetrics.utilities import dim_zero_cat
 
 from axontrain.errors import MetricError, kind_of
-from axontrain.metrics.layout import Layout, infer
+from axontrain.metrics.layout import Layout, infer, misfit, precise
+from axontrain.objective import spread
 
 __all__ = [
     "IGNORED",
@@ -66,7 +72,8 @@ __all__ = [
 IGNORED = -100
 """The target that counts for nothing in multiclass metrics: the ``ignore_index`` of ``cross_entropy``."""
 
-Prepare = Callable[[Any, Any], tuple[Any, ...]]
+# predictions, targets and, of a weighted step, sample weights -> the arguments of update
+Prepare = Callable[..., tuple[Any, ...]]
 
 # What torchmetrics calls it, after Binary, Multiclass or Multilabel, and the average over classes or labels.
 _COUNTED: dict[str, tuple[str, str | None]] = {
@@ -104,7 +111,7 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
                 f"number of classes are known: pass an instance, metrics={{{name!r}: torchmetrics.F1Score(...)}}"
             )
         # Equality needs no number of classes, and micro-averaged accuracy is the same for any.
-        return Hits("MulticlassAccuracy", num_classes=2, average="micro"), lambda p, t: (p, t.long())
+        return Hits("MulticlassAccuracy", num_classes=2, average="micro"), _equal(name, layout)
     if kind == "perplexity" or kind not in (*_COUNTED, *_RANKED):
         if layout.task != "multiclass":
             raise MetricError(
@@ -113,45 +120,70 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
             )
         if kind == "perplexity":
             # With classes last, vectors as they lie in memory; moving the classes would copy the logits.
-            prepare = _scores(layout) if layout.dim == -1 else lambda p, t: (*layout.align(p, t), layout.strange(t))
+            prepare = _scores(name, layout) if layout.dim == -1 else _aligned(name, layout)
             return _in_double(Perplexity(ignore_index=IGNORED), predictions), prepare
         return _top(name, int(kind.removeprefix("top")), layout, predictions)
     if kind in _RANKED:
-        return Gathered(kind, layout.task == "multiclass"), _scores(layout)
+        return Gathered(kind, layout.task == "multiclass"), _scores(name, layout)
     words, average = _COUNTED[kind]
     options: dict[str, Any] = {} if average is None or layout.task == "binary" else {"average": average}
     if layout.task != "binary":
         options |= {"num_classes" if layout.task == "multiclass" else "num_labels": layout.size}
     words = layout.task.capitalize() + words
     if layout.task != "multiclass":
-        return ThresholdCounts(words, layout.size, **options), _scores(layout)
+        return ThresholdCounts(words, layout.size, **options), _scores(name, layout)
     if average == "micro":
-        return Hits(words, **options), _labels(layout)
+        return Hits(words, **options), _labels(name, layout)
     counts = ConfusionCounts if kind in ("iou", "confusion_matrix") else ClassCounts
-    return counts(words, **options), _labels(layout)
+    return counts(words, **options), _labels(name, layout)
 
 
-def _labels(layout: Layout) -> Prepare:
-    """Class indices, predicted and true, as vectors; and what of the targets is strange."""
+def _equal(name: str, layout: Layout) -> Prepare:
+    """Classes, predicted and true, as they are."""
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        labels = predictions.argmax(layout.dim)
-        return labels.reshape(-1), layout.targets(targets).reshape(-1), layout.strange(targets)
+    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        found = predictions, targets.long()
+        return found if weights is None else (*found, None, layout.weights(name, weights, predictions, targets))
 
     return prepare
 
 
-def _scores(layout: Layout) -> Prepare:
+def _aligned(name: str, layout: Layout) -> Prepare:
+    """Scores (B, C, ...) with targets (B, ...), and what of the targets is strange."""
+
+    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        found = *layout.align(predictions, targets), layout.strange(targets)
+        return found if weights is None else (*found, layout.weights(name, weights, predictions, targets))
+
+    return prepare
+
+
+def _labels(name: str, layout: Layout) -> Prepare:
+    """Class indices, predicted and true, as vectors; and what of the targets is strange."""
+
+    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        labels = predictions.argmax(layout.dim)
+        found = labels.reshape(-1), layout.targets(targets).reshape(-1), layout.strange(targets)
+        return found if weights is None else (*found, layout.weights(name, weights, predictions, targets).reshape(-1))
+
+    return prepare
+
+
+def _scores(name: str, layout: Layout) -> Prepare:
     """Scores (N, C) with targets (N,), multilabel (N, L) both, binary (N,) both; and what of the targets is strange."""
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        strange, targets = layout.strange(targets), layout.targets(targets)
+    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        strange, true = layout.strange(targets), layout.targets(targets)
+        each = None if weights is None else layout.weights(name, weights, predictions, targets)
         if layout.task == "binary":
-            return predictions.reshape(-1), targets.reshape(-1), strange
-        scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
+            scores = predictions.reshape(-1)
+        else:
+            scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
         if layout.task == "multilabel":
-            return scores, targets.movedim(layout.dim, -1).reshape(-1, layout.size), strange
-        return scores, targets.reshape(-1), strange
+            true = true.movedim(layout.dim, -1)
+            each = None if each is None else each.movedim(layout.dim, -1)
+        found = scores, true.reshape(scores.shape if layout.task == "multilabel" else -1), strange
+        return found if each is None else (*found, each.reshape(found[1].shape))
 
     return prepare
 
@@ -164,11 +196,14 @@ def _top(name: str, k: int, layout: Layout, predictions: Tensor) -> tuple[torchm
         )
     metric = Hits("MulticlassAccuracy", num_classes=layout.size, average="micro")
     if k == 1:  # exactly accuracy, ties too
-        return metric, _labels(layout)
+        return metric, _labels(name, layout)
 
-    def prepare(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
         indices = predictions.topk(k, layout.dim).indices
-        return indices, layout.targets(targets).unsqueeze(layout.dim), layout.strange(targets)
+        found = indices, layout.targets(targets).unsqueeze(layout.dim), layout.strange(targets)
+        if weights is None:
+            return found
+        return *found, layout.weights(name, weights, predictions, targets).unsqueeze(layout.dim)
 
     return metric, prepare
 
@@ -184,8 +219,10 @@ class _OfClasses(torchmetrics.Metric):
         super().__init__(**options)
         self.add_state("strange", torch.tensor(0), dist_reduce_fx="sum")
 
-    def _note(self, strange: Tensor | None) -> None:
+    def _note(self, strange: Tensor | None, weights: Tensor | None = None) -> None:
         if strange is not None:
+            if weights is not None:
+                strange = strange.reshape(-1) & (weights.reshape(-1) != 0)
             self.strange = self.strange + strange.sum()
 
     def _check(self) -> None:
@@ -197,11 +234,21 @@ class _OfClasses(torchmetrics.Metric):
             )
 
 
+def _weighed(weights: Tensor, values: Tensor) -> Tensor:
+    """Values times weights, or the weights where something is true; 0 where the weight is, be the value NaN."""
+    if values.dtype is torch.bool:
+        return torch.where(values, weights, 0)
+    return torch.where(weights != 0, weights * values, 0)
+
+
 # --- counts over items, each a sum that updates add to ---------------------------------------------------------------
 
 
 class _Counted(_OfClasses):
-    """Counts as states, and the value that a torchmetrics class computes of them."""
+    """Counts as states, and the value that a torchmetrics class computes of them.
+
+    The states are integers until an update has weights, and sums of weights, float64, from then on.
+    """
 
     def __init__(self, words: str, **options: Any) -> None:
         super().__init__()
@@ -245,11 +292,14 @@ class Hits(_Counted):
         self._count("right")
         self._count("items")
 
-    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch: labels broadcast to targets, where a target equals at most one of the labels."""
-        self._note(strange)
-        self.right = self.right + (labels == targets).sum()  # no label equals IGNORED
-        self.items = self.items + (targets != IGNORED).sum()
+        self._note(strange, weights)
+        right, items = labels == targets, targets != IGNORED  # no label equals IGNORED
+        if weights is not None:
+            right, items = _weighed(weights, right), _weighed(weights, items)
+        self.right = self.right + right.sum()
+        self.items = self.items + items.sum()
 
     def compute(self) -> Tensor:
         """Let torchmetrics compute the value: an item that is wrong is false for one class and missing in another."""
@@ -269,14 +319,20 @@ class ClassCounts(_Counted):
         super().__init__(words, num_classes=num_classes, **options)
         self._count("counts", 3, num_classes)
 
-    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
-        self._note(strange)
+        self._note(strange, weights)
         kept = targets != IGNORED
+        if weights is not None:
+            kept = kept & (weights != 0)
         # Ignored items are counted in class 0, zero times: selecting the others would wait for the device.
         targets = torch.where(kept, targets, 0)
-        counted = torch.stack((kept & (labels == targets), kept, kept)).long()
-        self.counts.scatter_add_(1, torch.stack((targets, labels, targets)), counted)
+        counted = torch.stack((kept & (labels == targets), kept, kept))
+        where = torch.stack((targets, labels, targets))
+        if weights is not None:
+            self.counts = self.counts.to(weights.dtype)
+        found = counted.to(self.counts.dtype) if weights is None else _weighed(weights, counted)
+        self.counts.scatter_add_(1, where, found)
 
     def compute(self) -> Tensor:
         """Let torchmetrics compute the value."""
@@ -293,12 +349,17 @@ class ConfusionCounts(_Counted):
         super().__init__(words, num_classes=num_classes, **options)
         self._count("counts", num_classes, num_classes)
 
-    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, labels: Tensor, targets: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch of class indices (N,); a target outside the classes raises, on a GPU as an assertion."""
-        self._note(strange)
+        self._note(strange, weights)
         kept = targets != IGNORED
+        if weights is not None:
+            kept = kept & (weights != 0)
         cells = torch.where(kept, targets, 0) * self.counts.shape[1] + labels
-        self.counts.view(-1).scatter_add_(0, cells, kept.long())
+        if weights is not None:
+            self.counts = self.counts.to(weights.dtype)
+        found = kept.to(self.counts.dtype) if weights is None else _weighed(weights, kept)
+        self.counts.view(-1).scatter_add_(0, cells, found)
 
     def compute(self) -> Tensor:
         """Let torchmetrics compute the value."""
@@ -327,16 +388,21 @@ class ThresholdCounts(_Counted):
         self._count("negatives", labels)
         self._count("outside")
 
-    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch of scores and targets 0 or 1, both (N, L), or (N,) if binary; any other target is left out."""
-        self._note(strange)
+        self._note(strange, weights)
         positive, negative = targets == 1, targets == 0
         taken = torch.stack((scores > 0.5, scores > 0))  # sigmoid(x) > 1/2 where x > 0
-        self.true = self.true + (taken & positive).sum(1).view_as(self.true)
-        self.false = self.false + (taken & negative).sum(1).view_as(self.false)
+        true, false, outside = taken & positive, taken & negative, (scores < 0) | (scores > 1)
+        if weights is not None:
+            true, false = _weighed(weights, true), _weighed(weights, false)
+            positive, negative = _weighed(weights, positive), _weighed(weights, negative)
+            outside = outside & (weights != 0)
+        self.true = self.true + true.sum(1).view_as(self.true)
+        self.false = self.false + false.sum(1).view_as(self.false)
         self.positives = self.positives + positive.sum(0)
         self.negatives = self.negatives + negative.sum(0)
-        self.outside = self.outside + ((scores < 0) | (scores > 1)).sum()
+        self.outside = self.outside + outside.sum()
 
     def compute(self) -> Tensor:
         """Let torchmetrics compute the value of the counts that apply."""
@@ -355,21 +421,29 @@ class Gathered(_OfClasses):
     """All scores and targets, ranked when the value is read; a class without positives is left out of the average.
 
     Ranks cannot be summed up without loss, so this keeps everything: its memory grows with the data. torchmetrics
-    would take the AUROC of a class that is absent for 0. If no class is left the value is NaN.
+    would take the AUROC of a class that is absent for 0. If no class is left the value is NaN. It has no weights either:
+    weighted values are :func:`_ranked`'s.
     """
 
     scores: list[Tensor]
     targets: list[Tensor]
+    weights: list[Tensor]
 
     def __init__(self, kind: str, multiclass: bool) -> None:
         super().__init__()
         self.kind, self.multiclass = kind, multiclass
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
+        self.add_state("weights", [], dist_reduce_fx="cat")  # empty, or as many as the others
 
-    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, scores: Tensor, targets: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Keep a batch; as copies, for the memory of predictions may be written again (CUDA graphs)."""
-        self._note(strange)
+        self._note(strange, weights)
+        if weights is not None or self.weights:
+            # Batches without weights, before or among those with them, count each item once.
+            self.weights.extend(torch.ones_like(part, dtype=torch.float32) for part in self.targets[len(self.weights) :])
+            weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+            self.weights.append(weights.clone())
         self.scores.append(scores.clone())
         self.targets.append(targets.clone())
 
@@ -377,24 +451,61 @@ class Gathered(_OfClasses):
         """Average torchmetrics' value of each class against the rest, or of each label."""
         self._check()
         scores, targets = dim_zero_cat(self.scores), dim_zero_cat(self.targets)
+        weights = dim_zero_cat(self.weights) if len(self.weights) else None
         if scores.device.type == "mps":  # which has no float64
-            scores, targets = scores.cpu(), targets.cpu()
+            scores, targets, weights = scores.cpu(), targets.cpu(), None if weights is None else weights.cpu()
         # In double precision: in single the sigmoid of a logit above 17 is 1, and confident scores would tie.
         scores = scores.double()
         if self.multiclass:
             kept = targets != IGNORED
+            if weights is not None:
+                kept = kept & (weights != 0)
+                weights = weights[kept]
             scores, targets = scores[kept], targets[kept]
             scores = scores.softmax(1) if bool(((scores < 0) | (scores > 1)).any()) else scores
+        columns, of_labels = (part if part.dim() > 1 else part.unsqueeze(1) for part in (scores, targets))
         value = binary_auroc if self.kind == "auroc" else binary_average_precision
         values = []
-        for index, column in enumerate(scores.reshape(len(scores), -1).unbind(1)):
-            true = targets == index if self.multiclass else targets.reshape(len(targets), -1)[:, index]
+        for index, column in enumerate(columns.unbind(1)):
+            true = targets == index if self.multiclass else of_labels[:, index]
             known = (true == 0) | (true == 1)
+            each = None
+            if weights is not None:
+                each = weights if weights.dim() == 1 else weights[:, index]
+                known = known & (each != 0)
+                each = each[known].double()
             column, true = column[known], true[known].long()
             positives = int(true.sum())
             if positives and (positives < len(true) or self.kind != "auroc"):
-                values.append(value(column, true, validate_args=False))
+                values.append(
+                    value(column, true, validate_args=False) if each is None else _ranked(self.kind, column, true, each)
+                )
         return torch.stack(values).mean() if values else scores.new_tensor(torch.nan)
+
+
+def _ranked(kind: str, scores: Tensor, true: Tensor, weights: Tensor) -> Tensor:
+    r"""The AUROC or the average precision of weighted items, tied scores together.
+
+    With the weights p_g of positives and n_g of negatives at the g-th score, from the lowest:
+
+    .. math::
+        \mathrm{AUROC} = \sum_g n_g \Bigl(\sum_{h > g} p_h + p_g / 2\Bigr) \Big/ \sum_g p_g \sum_g n_g, \qquad
+        \mathrm{AP} = \sum_g p_g \frac{\sum_{h \ge g} p_h}{\sum_{h \ge g} (p_h + n_h)} \Big/ \sum_g p_g
+
+    >>> scores, true = torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([0, 1, 0, 1])
+    >>> _ranked("auroc", scores, true, torch.ones(4).double())
+    tensor(0.8750, dtype=torch.float64)
+    """
+    levels, level = torch.unique(scores, return_inverse=True)
+    of_level = weights.new_zeros(2, len(levels)).index_add_(1, level, torch.stack((weights * true, weights * (1 - true))))
+    positive, negative = of_level.flip(1)  # from the highest
+    if kind == "auroc":
+        above = positive.cumsum(0) - positive / 2
+        value: Tensor = (negative * above).sum() / (positive.sum() * negative.sum())
+    else:
+        precision = positive.cumsum(0) / (positive + negative).cumsum(0)
+        value = (positive * precision).sum() / positive.sum()
+    return value
 
 
 class Mean(torchmetrics.Metric):
@@ -417,8 +528,12 @@ class Mean(torchmetrics.Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch of values (N,)."""
+        if weights is not None:
+            self.total = self.total + _weighed(weights, values).sum()
+            self.count = self.count + weights.sum()
+            return
         self.total += values.sum()
         self.count += values.numel()
 
@@ -430,13 +545,19 @@ class Mean(torchmetrics.Metric):
 class Perplexity(_OfClasses, torchmetrics.text.Perplexity):
     """torchmetrics' perplexity, with an update by log-softmax: probabilities that underflow do not make it infinite."""
 
-    def update(self, preds: Tensor, target: Tensor, strange: Tensor | None = None) -> None:
+    def update(self, preds: Tensor, target: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch of logits (B, V, ...) and targets (B, ...)."""
-        self._note(strange)
+        self._note(strange, weights)
         likelihood = torch.log_softmax(preds, 1, dtype=None if preds.dtype == torch.float64 else torch.float32)
         kept = target != IGNORED
+        if weights is not None:
+            kept = kept & (weights != 0)
         # Not nll_loss, which has no deterministic form for (B, V, T) on a GPU.
         chosen = likelihood.gather(1, torch.where(kept, target, 0).unsqueeze(1)).squeeze(1)
+        if weights is not None:
+            self.total_log_probs -= _weighed(_weighed(weights, kept), chosen).sum()
+            self.count += _weighed(weights, kept).sum()
+            return
         self.total_log_probs -= torch.where(kept, chosen, 0).sum()
         self.count += kept.sum()
 
@@ -446,11 +567,70 @@ class Perplexity(_OfClasses, torchmetrics.text.Perplexity):
         return super().compute()
 
 
+class SquaredError(torchmetrics.MeanSquaredError):
+    """torchmetrics' mean squared error, and its weighted mean."""
+
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch of elements (N,)."""
+        if weights is None:
+            super().update(preds, target)
+            return
+        self.sum_squared_error = self.sum_squared_error + _weighed(weights, (preds - target).square()).sum()
+        self.total = self.total + weights.sum()
+
+
+class AbsoluteError(torchmetrics.MeanAbsoluteError):
+    """torchmetrics' mean absolute error, and its weighted mean."""
+
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch of elements (N,)."""
+        if weights is None:
+            super().update(preds, target)
+            return
+        self.sum_abs_error = self.sum_abs_error + _weighed(weights, (preds - target).abs()).sum()
+        self.total = self.total + weights.sum()
+
+
+class Determination(torchmetrics.R2Score):
+    """torchmetrics' R², and that of weighted sums: 1 - sum w (t - p)^2 / sum w (t - mean t)^2, of the weighted mean.
+
+    It does not depend on the scale of the weights; torchmetrics' formula, which takes small sums for zero, is given sums that
+    are scaled to weights of mean 1.
+    """
+
+    weighted: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("weighted", torch.tensor(0.0), dist_reduce_fx="sum")  # items that came with weights
+        self.add_state("weight", torch.tensor(0.0), dist_reduce_fx="sum")  # theirs
+
+    def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
+        """Add a batch of elements (N,)."""
+        if weights is None:
+            super().update(preds, target)
+            return
+        self.sum_squared_error = self.sum_squared_error + _weighed(weights, target * target).sum()
+        self.sum_error = self.sum_error + _weighed(weights, target).sum()
+        self.residual = self.residual + _weighed(weights, (target - preds).square()).sum()
+        items = (weights != 0).sum()
+        self.total, self.weighted = self.total + items, self.weighted + items
+        self.weight = self.weight + weights.sum()
+
+    def compute(self) -> Tensor:
+        """Let torchmetrics compute the value."""
+        if not self.total:  # all weights were 0
+            return torch.full_like(self.residual, torch.nan)
+        scale = self.total / (self.total - self.weighted + self.weight)
+        return _r2_score_compute(self.sum_squared_error * scale, self.sum_error * scale, self.residual * scale, self.total)
+
+
 _ERRORS: dict[str, Callable[[], torchmetrics.Metric]] = {
-    "mse": torchmetrics.MeanSquaredError,
-    "rmse": lambda: torchmetrics.MeanSquaredError(squared=False),
-    "mae": torchmetrics.MeanAbsoluteError,
-    "r2": torchmetrics.R2Score,
+    "mse": SquaredError,
+    "rmse": lambda: SquaredError(squared=False),
+    "mae": AbsoluteError,
+    "r2": Determination,
 }
 
 
@@ -473,14 +653,22 @@ def _regression(kind: str, name: str, predictions: Tensor, targets: Tensor) -> t
                 "shape, up to a trailing dimension of 1"
             )
 
-    def elements(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        check(predictions, targets)
-        return _real(predictions, double).reshape(-1), _real(targets, double).reshape(-1)
+    def each(weights: Tensor, targets: Tensor, shape: torch.Size) -> Tensor:
+        found = spread(weights, shape)
+        if found is None:
+            raise misfit(name, weights, targets)
+        return precise(found).reshape(-1)
 
-    def cosines(predictions: Tensor, targets: Tensor) -> tuple[Tensor]:
+    def elements(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+        check(predictions, targets)
+        found = _real(predictions, double).reshape(-1), _real(targets, double).reshape(-1)
+        return found if weights is None else (*found, each(weights, targets, targets.shape))
+
+    def cosines(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
         check(predictions, targets)
         of, to = (_real(tensor.detach()).reshape(-1, tensor.shape[-1]) for tensor in (predictions, targets))
-        return (cosine_similarity(of, to, reduction="none"),)
+        found = cosine_similarity(of, to, reduction="none")
+        return (found,) if weights is None else (found, each(weights, targets, targets.shape[:-1]))
 
     check(predictions, targets)
     return _in_double(metric, predictions), cosines if kind == "cosine_similarity" else elements

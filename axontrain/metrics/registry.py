@@ -20,7 +20,7 @@ import numbers
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from axontrain.errors import ConfigurationError, MetricError, kind_of, unknown
 from axontrain.metrics.layout import Layout, infer
+from axontrain.objective import batch_size, of_torch
 
 if TYPE_CHECKING:
     import torchmetrics
 
-__all__ = ["BUILT_IN", "Built", "Entry", "MetricSpec", "build", "register", "registered", "resolve"]
+__all__ = ["BUILT_IN", "Built", "Entry", "MetricSpec", "build", "register", "registered", "resolve", "unweighted"]
 
 BUILT_IN = (
     "accuracy",
@@ -58,8 +59,11 @@ _BATCH_WORDS = frozenset({"predictions", "targets"})
 _FORMS = (
     "a metric is made by (1) a callable without required arguments that returns a torchmetrics.Metric; "
     "(2) a callable, or a torchmetrics.Metric class, whose required arguments are among num_classes, num_labels, "
-    "task, predictions and targets; or (3) a function of (predictions, targets) that returns the batch's mean"
+    "task, predictions and targets; or (3) a function of (predictions, targets) or of (predictions, targets, weights) that "
+    "returns the batch's mean"
 )
+# What a function, or the update of a torchmetrics object, may call the weights of samples.
+_WEIGHT_WORDS = ("weights", "weight", "sample_weights", "sample_weight", "w")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ class MetricSpec:
     """What a name stands for.
 
     ``factory`` is any of the forms that :func:`register` takes. ``joinable`` promises that one update with several
-    batches joined along dimension 0 equals one update for each, so that the accumulator may join them.
+    batches joined along dimension 0 equals one update for each, so that the accumulator may join them. If not ``weighted``,
+    sample weights are kept from it (:func:`unweighted`).
 
     >>> MetricSpec("gap", lambda predictions, targets: (predictions - targets).abs().mean()).joinable
     False
@@ -76,6 +81,7 @@ class MetricSpec:
     name: str
     factory: Callable[..., Any]
     joinable: bool = False
+    weighted: bool = True
 
 
 Entry: TypeAlias = MetricSpec
@@ -86,12 +92,17 @@ def _as_they_are(predictions: Any, targets: Any) -> tuple[Any, ...]:
     return predictions, targets
 
 
+PREPARED = "(prepared)"  # no name that a parameter could have
+
+
 @dataclass(frozen=True, slots=True)
 class Built:
     """A metric made for the data at hand: either ``function`` or ``metric`` is set.
 
-    ``function(predictions, targets)`` gives a scalar tensor for one batch, to be averaged weighted by items.
+    ``function(predictions, targets, weights=None)`` gives a scalar tensor for one batch, to be averaged weighted by items.
     ``metric`` is fresh, on the predictions' device, and updated by ``metric.update(*prepare(predictions, targets))``.
+    ``weights`` says how sample weights reach either: by ``prepare``, or as the parameter of that name; empty if they are kept
+    from it, and None if it cannot take any.
 
     >>> built = build("mse", resolve(["mse"])["mse"], torch.ones(4, 1), torch.zeros(4))
     >>> built.metric.update(*built.prepare(torch.ones(4, 1), torch.zeros(4)))
@@ -100,10 +111,36 @@ class Built:
     """
 
     name: str
-    function: Callable[[Any, Any], Tensor] | None = None
+    function: Callable[..., Tensor] | None = None
     metric: torchmetrics.Metric | None = None
-    prepare: Callable[[Any, Any], tuple[Any, ...]] = _as_they_are
+    prepare: Callable[..., tuple[Any, ...]] = _as_they_are
     joinable: bool = False
+    weights: str | None = None
+
+    def taken(self, weights: Tensor) -> Tensor | None:
+        """Return the weights if the metric takes them, None if they are kept from it.
+
+        Raises:
+            MetricError: if it does neither.
+        """
+        if self.weights:
+            return weights
+        if self.weights is None:
+            kind = "function" if self.function is not None else type(self.metric).__name__
+            raise MetricError(
+                f"metric {self.name!r} is a {kind} that takes no sample weights, and this Step has some ({kind_of(weights)}): "
+                "write a function of (predictions, targets, weights) that returns the weighted mean of the batch, or a "
+                f"torchmetrics.Metric with update(predictions, targets, weights); or say that all samples count alike: "
+                f"metrics={{{self.name!r}: ax.metrics.unweighted(...)}}"
+            )
+        return None
+
+    def update(self, metric: Any, predictions: Any, targets: Any, weights: Tensor) -> None:
+        """Update ``metric``, or a clone of it, by a batch with weights."""
+        if self.weights == PREPARED:
+            metric.update(*self.prepare(predictions, targets, weights))
+        else:
+            metric.update(*self.prepare(predictions, targets), **{str(self.weights): weights})
 
     def read(self, value: Any) -> Any:
         """Turn what ``compute`` gave into host values; on a GPU this waits for the device.
@@ -167,7 +204,13 @@ def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False)
        arguments of these names whose default is None. If it takes one of the first three, its updates get the batch in
        the layout that these describe (:meth:`Layout.align`); otherwise just as the Step has it;
     3. a function of two arguments, (predictions, targets), that returns the batch's mean as a scalar tensor: these are
-       averaged over the batches, weighted by items. A mean of means is not every metric: F1 needs form 1 or 2.
+       averaged over the batches, weighted by items. A mean of means is not every metric: F1 needs form 1 or 2;
+    4. a function of three, (predictions, targets, weights), that returns the weighted mean, averaged by the sums of weights.
+       The third may have a default. If it has none, and a batch no weights, it is given ones.
+
+    Of a batch with sample weights (:class:`~axontrain.Step`), names and form 4 take them, and so do torchmetrics objects
+    whose ``update`` has a parameter named weights, weight, sample_weights or sample_weight. Others are an error there, unless
+    :func:`unweighted` says that they need none.
 
     Binary scores that all lie in 0..1 are taken for probabilities, by torchmetrics too (which looks at each update by
     itself): if yours may be logits, give the Step ``predictions.sigmoid()``, or pass a function of your own.
@@ -182,13 +225,36 @@ def register(name: str, factory: Callable[..., Any], *, overwrite: bool = False)
 
     Raises:
         ConfigurationError: if the name is taken and ``overwrite`` is not set, or is reserved, or the factory has none
-            of the three forms.
+            of these forms.
     """
     _check_name(name)
     if not overwrite and (name in _specs or _TOP.fullmatch(name)):
         raise ConfigurationError(f"the metric {name!r} exists already: pass overwrite=True to replace it")
     _form(name, factory)
     _specs[name] = MetricSpec(name, factory)
+
+
+def unweighted(metric: Any) -> MetricSpec:
+    """Make a metric that counts all samples alike, whatever their weights: to be listed among the others.
+
+    Args:
+        metric: a name, a function, a ``torchmetrics.Metric`` instance, class or factory: what a list of metrics may hold. A
+            function's value is then averaged over the batches by their numbers of samples.
+
+    >>> list(resolve([unweighted("accuracy"), "f1"]))
+    ['accuracy', 'f1']
+    >>> list(resolve({"weighted": "accuracy", "plain": unweighted("accuracy")}))
+    ['weighted', 'plain']
+
+    Raises:
+        UnknownNameError: if it is a name that is not registered.
+        ConfigurationError: if it is no metric, or a collection of several.
+    """
+    if _is_collection(metric) or isinstance(metric, (list, tuple, Mapping)):
+        raise ConfigurationError(f"unweighted(...) takes one metric, not {kind_of(metric)}: call it on each of them")
+    named = not callable(metric) or isinstance(metric, (nn.Module, type))
+    name = next(_named([metric]))[0] if named else getattr(metric, "__name__", "<lambda>")
+    return replace(_entry(name, metric), name="" if name == "<lambda>" else name, weighted=False)
 
 
 def registered() -> tuple[str, ...]:
@@ -250,6 +316,8 @@ def _named(values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
         if isinstance(value, str):
             yield value, value
         elif isinstance(value, MetricSpec):
+            if not value.name:
+                raise ConfigurationError(f"{value.factory!r} has no name of its own: metrics={{'name': ...}} gives it one")
             yield value.name, value
         elif isinstance(value, (nn.Module, type)):
             words = (value if isinstance(value, type) else type(value)).__name__
@@ -316,11 +384,25 @@ def _form(name: str, factory: object) -> Literal["metric", "function"]:
     if required.keys() <= _TASK_WORDS | _BATCH_WORDS and required.keys() != _BATCH_WORDS:
         return "metric"
     keyword_only = any(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in required.values())
-    if len(required) == 2 and not keyword_only and not isinstance(factory, type):
+    # A third argument is what it is called; a metric of (x, y, z) is more likely a mistake.
+    third = len(required) == 3 and list(required)[2] in _WEIGHT_WORDS
+    if (len(required) == 2 or third) and not keyword_only and not isinstance(factory, type):
         return "function"
     raise ConfigurationError(
         f"metric {name!r}: {getattr(factory, '__name__', factory)!s} requires ({', '.join(required)}), but {_FORMS}"
     )
+
+
+def _weight_word(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """The parameter that takes sample weights, which is none of the first two."""
+    return next((word for word in list(parameters)[2:] if word in _WEIGHT_WORDS), None)
+
+
+def _function_weights(name: str, function: Callable[..., Any]) -> str | None:
+    """The same of a function, where a default other than None, or a ``weight`` of torch's (of classes), is another thing."""
+    parameters = _parameters(name, function)
+    word = None if of_torch(function) else _weight_word(parameters)
+    return word if word and parameters[word].default in (inspect.Parameter.empty, None) else None
 
 
 # --- a metric for the data at hand -----------------------------------------------------------------------------------
@@ -347,12 +429,14 @@ def build(name: str, spec: Entry, predictions: Any, targets: Any) -> Built:
                 "train_step (and from eval_step, if it is another)"
             )
     factory = spec.factory
-    prepare: Callable[[Any, Any], tuple[Any, ...]] = _as_they_are
+    prepare: Callable[..., tuple[Any, ...]] = _as_they_are
+    weights: str | None = PREPARED
     if isinstance(factory, _BuiltIn):
         _check_tensors(name, predictions, targets)
         metric, prepare = factory(name, predictions, targets)
     elif _form(name, factory) == "function":
-        return Built(name, function=_per_batch(name, factory))
+        word = _function_weights(name, factory)
+        return Built(name, _per_batch(name, factory, word), weights=word if spec.weighted else "")
     else:
         arguments, layout = _arguments(name, factory, predictions, targets)
         try:
@@ -363,9 +447,11 @@ def build(name: str, spec: Entry, predictions: Any, targets: Any) -> Built:
             raise MetricError(f"metric {name!r}: its factory returned {kind_of(metric)}, not a torchmetrics.Metric")
         if layout is not None:
             prepare = layout.align
+        weights = _weight_word(inspect.signature(metric.update).parameters)
     metric.reset()
     device = _device(predictions)
-    return Built(name, None, metric if device is None else metric.to(device), prepare, spec.joinable)
+    metric = metric if device is None else metric.to(device)
+    return Built(name, None, metric, prepare, spec.joinable, weights if spec.weighted else "")
 
 
 def _check_tensors(name: str, predictions: object, targets: object) -> None:
@@ -408,12 +494,22 @@ def _arguments(name: str, factory: Callable[..., Any], predictions: Any, targets
     return arguments, layout if arguments.keys() & _TASK_WORDS else None
 
 
-def _per_batch(name: str, function: Callable[..., Any]) -> Callable[[Any, Any], Tensor]:
+def _per_batch(name: str, function: Callable[..., Any], word: str | None) -> Callable[..., Tensor]:
     """Hold a user's function to its contract: one scalar for each batch."""
+    parameter = None if word is None else _parameters(name, function)[word]
+    required = parameter is not None and parameter.default is inspect.Parameter.empty
+    by_place = parameter is not None and parameter.kind is inspect.Parameter.POSITIONAL_ONLY
 
     @functools.wraps(function, updated=())
-    def measure(predictions: Any, targets: Any) -> Tensor:
-        value = function(predictions, targets)
+    def measure(predictions: Any, targets: Any, weights: Tensor | None = None) -> Tensor:
+        if weights is None and required:
+            weights = torch.ones(batch_size(predictions), device=_device(predictions))
+        if weights is None:
+            value = function(predictions, targets)
+        else:
+            value = (
+                function(predictions, targets, weights) if by_place else function(predictions, targets, **{str(word): weights})
+            )
         if isinstance(value, Tensor) and value.numel() == 1:
             return value.detach().reshape(())
         if isinstance(value, numbers.Real):

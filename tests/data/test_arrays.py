@@ -1,3 +1,10 @@
+import gc
+import mmap
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -211,3 +218,176 @@ def test_a_row_is_as_large_as_its_parts():
 def test_moving_it_keeps_names_and_rows():
     moved = ArrayDataset({"x": images}).to("cpu")
     assert same(moved[1], {"x": images[1]})
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+@dataclass(frozen=True)
+class Record:
+    image: Any
+    label: Any
+
+
+@dataclass(slots=True)
+class Checked:
+    image: Any
+
+    def __post_init__(self):
+        assert self.image.shape == (6, 2)  # of the whole, not of a batch
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sample"),
+    [
+        (({"x": images, "y": labels}, labels), lambda n: ({"x": images[n], "y": labels[n]}, labels[n])),
+        (((images, labels), labels), lambda n: ((images[n], labels[n]), labels[n])),
+        (((images, labels),), lambda n: (images[n], labels[n])),
+        (((images,),), lambda n: (images[n],)),
+        (({"x": (images, {"z": labels}), "y": labels},), lambda n: {"x": (images[n], {"z": labels[n]}), "y": labels[n]}),
+        ((images, {"y": labels.tolist()}), lambda n: (images[n], {"y": labels[n]})),
+        (({"x": images, 1: labels},), lambda n: {"x": images[n], 1: labels[n]}),
+        (({"a.b": images, "a": {"b": labels}},), lambda n: {"a.b": images[n], "a": {"b": labels[n]}}),
+    ],
+    ids=["mapping", "tuple", "one tuple", "tuple of one", "deep", "list within", "keys of any kind", "like names"],
+)
+def test_structures_nest(arrays, sample):
+    data = ArrayDataset(*arrays)
+    assert len(data) == 6
+    assert same(data[2], sample(2))
+    assert same(data.gather(torch.tensor([4, 1])), sample([4, 1]))
+    assert same(data.__getitems__([2, 0])[1], sample(0))
+    assert same(data.subset([2])[0], sample(2))
+    assert same(data.to("cpu").assemble(data.tensors), sample(slice(None)))
+    assert same(pickle.loads(pickle.dumps(data))[2], sample(2))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_loader_gives_batches_of_the_structure(shuffle):
+    data = ArrayDataset({"x": images, "y": labels}, labels)
+    for inputs, target in ax.Loader(data, 4, shuffle=shuffle):
+        assert list(inputs) == ["x", "y"]
+        assert torch.equal(inputs["y"], target)
+        assert inputs["x"].shape == (len(target), 2)
+
+
+def test_named_tuples_and_dataclasses_are_structures_too():
+    data = ArrayDataset(Pair(images, {"y": labels}), Record(images, labels), Checked(images))
+    pair, record, checked = data.gather(torch.tensor([3, 1]))
+    assert [type(part) for part in (pair, record, checked)] == [Pair, Record, Checked]
+    assert same(pair.right["y"], labels[[3, 1]])
+    assert same(record.image, images[[3, 1]])
+    assert same(checked.image, images[[3, 1]])
+    assert same(data[2][1].label, labels[2])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "flat", "names"),
+    [
+        ((images,), False, None),
+        ((images, labels), True, None),
+        (((images, labels),), True, None),
+        (((images,),), False, None),
+        (({"x": images, "y": labels},), False, ("x", "y")),
+        (({"x": images, "y": (labels,)},), False, None),
+        (({"x": images}, labels), False, None),
+        ((Pair(images, labels),), False, None),
+    ],
+)
+def test_flat_says_that_there_is_nothing_to_assemble(arrays, flat, names):
+    data = ArrayDataset(*arrays)
+    assert data.flat is flat
+    assert data.names == names
+    if flat:
+        assert same(data.assemble(data.tensors), data.tensors)
+
+
+def test_arrays_within_are_named_by_their_place():
+    with pytest.raises(ax.DataError, match=r"array '0\.city' is .*not numeric"):
+        ArrayDataset({"numbers": images, "city": ["a"] * 6}, labels)
+    with pytest.raises(ax.DataError, match=r"differ in length: \{'0\.x': 6, 1: 5\}"):
+        ArrayDataset({"x": images}, labels[:5])
+    with pytest.raises(ax.DataError, match=r"array 1 is a single number.*list of numbers is an array"):
+        ArrayDataset((images, 3))
+    assert repr(ArrayDataset({"x": images}, labels)) == (
+        "ArrayDataset(6 samples, 0.x: Tensor(6, 2) float32, 1: Tensor(6,) int64)"
+    )
+
+
+@pytest.mark.parametrize("index", [6, 7, -1, -7])
+@pytest.mark.parametrize(
+    "way",
+    [lambda data, at: data.gather(torch.tensor(at)), ArrayDataset.__getitems__, ArrayDataset.subset],
+    ids=["gather", "items", "subset"],
+)
+def test_an_index_out_of_range_is_named(way, index):
+    with pytest.raises(ax.DataError, match=rf"no sample {index} \(nor 1 more of the indices\): it has 6") as caught:
+        way(ArrayDataset(images, labels), [0, index, 5, 99])
+    assert isinstance(caught.value, IndexError)
+
+
+def test_one_sample_goes_by_the_rules_of_python():
+    data = ArrayDataset(images, labels)
+    assert same(data[-1], data[5])
+    assert same(data[np.int64(2)], data[2])
+    assert len(list(data)) == 6
+    for index in (6, -7, np.int64(6)):
+        with pytest.raises(IndexError, match=rf"no sample {index}: it has 6"):
+            data[index]
+    with pytest.raises(ax.DataError, match=r"no sample 0 .*it has none"):
+        ArrayDataset(images[:0]).gather(torch.tensor([0, 1]))
+
+
+def mapped_files(path):
+    array = np.arange(48.0).reshape(12, 4)
+    np.save(path / "rows.npy", array)
+    (path / "rows.bin").write_bytes(array.tobytes())
+    loaded = np.load(path / "rows.npy", mmap_mode="r")
+    raw = np.memmap(path / "rows.bin", dtype="f8", mode="r", shape=(12, 4))
+    handle = (path / "rows.bin").open("rb")
+    viewed = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), dtype="f8").reshape(12, 4)
+    handle.close()
+    return [loaded, raw, loaded[2:9], loaded[::2, 1:3], np.asarray(raw)[3:], raw.T, viewed, loaded.view("i8")]
+
+
+def test_a_mapped_file_that_is_read_only_is_not_copied(tmp_path):
+    for mapped in mapped_files(tmp_path):
+        data = ArrayDataset(mapped, np.arange(len(mapped)))
+        assert data.tensors[0].data_ptr() == mapped.ctypes.data
+        picked = torch.tensor([3, 0])
+        assert torch.equal(data.gather(picked)[0], torch.from_numpy(np.array(mapped[[3, 0]])))
+        batch = data.gather(picked)[0].fill_(-1)
+        assert (batch == -1).all()
+        assert not (data.gather(picked)[0] == -1).any()
+
+
+def test_a_mapped_file_stays_open_as_long_as_the_dataset(tmp_path):
+    data = ArrayDataset(mapped_files(tmp_path)[0])
+    gc.collect()
+    assert data[11].tolist() == [44, 45, 46, 47]
+
+
+def test_a_mapped_file_that_runs_backwards_is_copied(tmp_path):
+    mapped = mapped_files(tmp_path)[0]
+    assert ArrayDataset(mapped[::-1])[0].tolist() == [44, 45, 46, 47]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("mode", ["r", "c"])
+def test_memory_stays_flat_over_a_file_of_400_megabytes(tmp_path, mode):
+    rows = 100_000
+    path = tmp_path / "rows.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, 1000)).flush()  # sparse: no block is written
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    mapped = np.load(path, mmap_mode=mode)
+    before = resident()
+    data = ArrayDataset(mapped, np.arange(rows))
+    for start in range(0, 2000, 100):
+        data.gather(torch.arange(start, start + 64) * 7 % rows)
+    assert data.bytes_per_sample() * len(data) > 400e6
+    assert resident() - before < 40e6

@@ -238,7 +238,9 @@ def test_an_error_in_many_samples_or_their_collation_says_which_batch():
     assert caught.value.__notes__ == [batch]
     with pytest.raises(RuntimeError) as caught:  # samples of two shapes
         list(ax.Loader([torch.zeros(1)] * 7 + [torch.zeros(2)], 4).batches(0, 0))
-    assert caught.value.__notes__ == [batch]
+    hint, where = caught.value.__notes__
+    assert "collate=ax.data.Pad()" in hint
+    assert where == batch
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 2.0, "2", None])

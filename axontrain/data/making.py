@@ -1,0 +1,155 @@
+"""Making a batch of indices, here or in a worker, in random states that (seed, epoch, index) alone decide.
+
+What is made a batch at a time (``gather``, ``__getitems__``, collation, the transform) draws in the state of the batch; each
+sample that is made by itself draws in a state of its own. So a rank can make its share of a batch without the rest, and the
+shares put together are the batch; only what draws for a whole batch has to be done whole on each rank, and is then cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from axontrain.data.collate import collate as default
+from axontrain.data.structure import cut
+from axontrain.randomness import Snapshot, derive, seed_all, snapshot
+
+
+class Task(NamedTuple):
+    """One batch to be made: ``rows`` are the indices of the whole batch, of which ``first`` to before ``last`` are wanted."""
+
+    seed: int
+    epoch: int
+    number: int
+    rows: list[int]
+    first: int
+    last: int
+
+    @property
+    def state(self) -> int:
+        """The seed of what the batch draws."""
+        return derive(self.seed, "batch", self.epoch, self.number)
+
+    def __str__(self) -> str:
+        rows = self.rows[self.first : self.last]
+        shown = str(rows) if len(rows) <= 8 else f"[{', '.join(map(str, rows[:8]))}, ... {len(rows)} in all]"
+        return f"batch {self.number} of epoch {self.epoch}, made of the samples {shown}"
+
+
+class Maker:
+    """Makes batches of a dataset; it leaves the global generators anywhere.
+
+    Args:
+        data: what has ``gather``, ``__getitems__`` or ``__getitem__``, asked for in this order.
+        collate: makes a batch of a list of samples; None for torch's way, or for ``gather``.
+        transform: called on each batch.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        collate: Callable[[list[Any]], Any] | None,
+        transform: Callable[[Any], Any] | None,
+    ) -> None:
+        self.data, self.collate, self.transform = data, collate, transform
+        gather = getattr(data, "gather", None) if collate is None else None
+        self.gather = callable(gather)
+        self.many = callable(getattr(data, "__getitems__", None))
+        self.samples_draw: bool | None = None  # not known before the first
+        self.batches_draw = False
+
+    def __call__(self, task: Task) -> Any:
+        """Make the batch."""
+        try:
+            return self._made(task)
+        except Exception as error:
+            error.add_note(f"in {task}")
+            raise
+
+    def of_samples(self, samples: list[Any], task: Task) -> Any:
+        """Make the batch of samples that are there already; of it, the part that the task wants."""
+        seed_all(derive(task.state, "batch"))
+        batch = (self.collate or default)(samples)
+        if self.transform is not None:
+            batch = self.transform(batch)
+        whole = (task.first, task.last) == (0, len(samples))
+        return batch if whole else cut(batch, task.first, task.last, len(samples))
+
+    def _made(self, task: Task) -> Any:
+        size = len(task.rows)
+        whole = task._replace(first=0, last=size)
+        if task == whole:
+            return self._batch(whole, None)
+        if not self.batches_draw:
+            moved: list[bool] = []
+            batch = self._batch(task, moved)
+            if not any(moved):
+                return batch
+            self.batches_draw = True
+        return cut(self._batch(whole, None), task.first, task.last, size)
+
+    def _batch(self, task: Task, moved: list[bool] | None) -> Any:
+        """Make a batch; into ``moved`` goes whether anything was drawn for it as a whole."""
+        rows = task.rows[task.first : task.last]
+        state = task.state
+        if self.gather or self.many:
+            seed_all(state)
+            before = None if moved is None else snapshot()
+            made = self.data.gather(torch.tensor(rows, dtype=torch.int64)) if self.gather else self.data.__getitems__(rows)
+            _note(before, moved)
+        else:
+            made = self._samples(rows, state, task.first)
+        if self.gather and self.transform is None:
+            return made
+        seed_all(derive(state, "batch"))
+        before = None if moved is None else snapshot()
+        if not self.gather:
+            made = (self.collate or default)(made)
+        if self.transform is not None:
+            made = self.transform(made)
+        _note(before, moved)
+        return made
+
+    def _samples(self, rows: list[int], state: int, first: int) -> list[Any]:
+        """Make samples one by one. Each state costs microseconds, so it is not set where nobody draws, as far as was seen."""
+        if self.samples_draw is False:
+            seed_all(state)
+            seeded = snapshot()
+            samples = self._each(rows, None)
+            if not seeded.moved():
+                return samples
+            self.samples_draw = True  # after all: once more, in the states that they should have had
+        if self.samples_draw:
+            return self._each(rows, lambda place: seed_all(derive(state, first + place)))
+        draws = False
+        before: Snapshot | None = None
+
+        def look(place: int) -> None:
+            nonlocal draws, before
+            draws = draws or (before is not None and before.moved())
+            seed_all(derive(state, first + place))
+            before = None if draws else snapshot()
+
+        samples = self._each(rows, look)
+        self.samples_draw = draws or (before is not None and before.moved())
+        return samples
+
+    def _each(self, rows: list[int], before_each: Callable[[int], None] | None) -> list[Any]:
+        data = self.data
+        samples: list[Any] = []
+        try:
+            for place, row in enumerate(rows):
+                if before_each is not None:
+                    before_each(place)
+                samples.append(data[row])
+        except Exception as error:
+            error.add_note(f"in the sample at index {rows[len(samples)]}")
+            raise
+        return samples
+
+
+def _note(before: Snapshot | None, moved: list[bool] | None) -> None:
+    if before is not None and moved is not None:
+        moved.append(before.moved())
