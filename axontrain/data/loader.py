@@ -19,7 +19,7 @@ from axontrain.data.mixture import Mixture, MixtureMaker
 from axontrain.data.order import order
 from axontrain.data.permutation import Permutation
 from axontrain.data.protocol import Dataset, checked, is_iterable_only
-from axontrain.data.samplers import Foreign, as_rows, is_sampler, within
+from axontrain.data.samplers import Foreign, as_rows, gives_batches, gives_indices, is_sampler, within
 from axontrain.data.workers import Workers, checked_method
 from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
 from axontrain.randomness import kept
@@ -122,7 +122,7 @@ class Loader:
         self.workers = whole("workers", workers, 0)
         self.transform, self.collate = transform, collate
         self.seed, self.strict = seed, strict
-        if strict is None and hasattr(sampler, "batches"):
+        if strict is None and gives_batches(sampler):
             self.strict = False
         self.prefetch = whole("prefetch", prefetch)
         self.start_method = checked_method(start_method)
@@ -260,12 +260,12 @@ class Loader:
             begun = epoch * len(self) if step is None else step
             chosen = self.dataset.rows(seed, epoch, size, shuffle=self.shuffle, drop_last=self.drop_last, step=begun)
             yield from itertools.islice(chosen(start), count)
-        elif hasattr(self.sampler, "batches"):
+        elif gives_batches(self.sampler):
             batches = self.sampler.batches(seed, epoch, self._batch_size(), drop_last=self.drop_last)
             yield from batches[start:stop]
         elif self.batch_sampler is not None:
             yield from itertools.islice(self._lists(seed, epoch, start), count)
-        elif self.sampler is not None and not hasattr(self.sampler, "indices"):
+        elif self.sampler is not None and not gives_indices(self.sampler):
             yield from itertools.islice(self._drawn(seed, epoch, start), count)
         else:
             yield from self._cut(self._indices(seed, epoch), start, stop)
@@ -309,7 +309,7 @@ class Loader:
         return order(seed, epoch, len(self.dataset))
 
     def _order_is_sliced(self) -> bool:
-        return self.batch_sampler is None and (self.sampler is None or hasattr(self.sampler, "indices"))
+        return self.batch_sampler is None and (self.sampler is None or gives_indices(self.sampler))
 
     def _end(self, stop: int | None) -> int:
         size, n = self._batch_size(), len(self.dataset if self.sampler is None else self.sampler)
@@ -359,7 +359,7 @@ class Loader:
             raise ConfigurationError("sampler= and batch_sampler=: the batch_sampler says the order by itself")
         if batches and self.drop_last:
             raise ConfigurationError("drop_last=True and batch_sampler=: the batch_sampler makes the batches by itself")
-        if not is_sampler(sampler) or (batches and hasattr(sampler, "indices")):
+        if not is_sampler(sampler) or (batches and (gives_indices(sampler) or gives_batches(sampler))):
             what = "lists of indices" if batches else "indices"
             raise DataError(f"{name} is {kind_of(sampler)}: it is an iterable of {what} that starts anew each epoch")
         covers = getattr(sampler, "covers", None)

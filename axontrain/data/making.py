@@ -82,6 +82,8 @@ class Maker:
         whole = task._replace(first=0, last=size)
         if task == whole:
             return self._batch(whole, None)
+        if task.first == task.last:  # fewer samples than ranks: nothing, in the structure that something would have
+            return cut(self._batch(task._replace(first=0, last=1), None), 0, 0, 1)
         if not self.batches_draw:
             moved: list[bool] = []
             batch = self._batch(task, moved)

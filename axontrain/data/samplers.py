@@ -39,7 +39,7 @@ class WeightedSampler:
     """
 
     def __init__(self, weights: Any, size: int | None = None, *, replacement: bool = True) -> None:
-        self.weights = torch.as_tensor(weights, dtype=torch.float64).cpu()
+        self.weights = _column(weights, torch.float64)
         if self.weights.dim() != 1 or not bool((torch.isfinite(self.weights) & (self.weights >= 0)).all()):
             raise ConfigurationError(f"WeightedSampler: weights are {kind_of(weights)}: one for each sample, finite, 0 or more")
         if not bool((self.weights > 0).any()):
@@ -64,7 +64,8 @@ class WeightedSampler:
             draws = torch.rand(self.size, dtype=torch.float64, generator=generator) * cumulative[-1]
             # A draw of exactly a border belongs to the sample above it: one of weight 0 has no room.
             return torch.searchsorted(cumulative, draws, right=True).clamp_max_(_last(self.weights))
-        waits = torch.empty_like(self.weights).exponential_(generator=generator) / self.weights
+        # The logarithm of an exponential wait over the weight: infinite for 0, and finite for the smallest number above it.
+        waits = torch.empty_like(self.weights).exponential_(generator=generator).log() - self.weights.log()
         return waits.argsort()[: self.size]
 
 
@@ -124,7 +125,7 @@ class BucketSampler:
     """
 
     def __init__(self, lengths: Any, window: int = 100, *, shuffle: bool = True) -> None:
-        self.lengths = torch.as_tensor(lengths).cpu()
+        self.lengths = _column(lengths)
         if self.lengths.dim() != 1 or self.lengths.is_floating_point():
             raise ConfigurationError(f"BucketSampler: lengths are {kind_of(lengths)}: one whole number for each sample")
         self.covers = len(self.lengths)
@@ -181,9 +182,19 @@ class Foreign:
                 return
 
 
+def gives_indices(sampler: Any) -> bool:
+    """Whether a sampler is a pure function, ``indices(seed, epoch)``."""
+    return callable(getattr(sampler, "indices", None))
+
+
+def gives_batches(sampler: Any) -> bool:
+    """Whether a sampler is a pure function, ``batches(seed, epoch, batch_size, drop_last=...)``."""
+    return callable(getattr(sampler, "batches", None))
+
+
 def is_sampler(value: Any) -> bool:
-    """Whether a value gives indices at all: one of ours, or an iterable that starts anew."""
-    return hasattr(value, "indices") or hasattr(value, "batches") or (hasattr(value, "__iter__") and iter(value) is not value)
+    """Whether a value gives indices at all: such a function, or an iterable that starts anew."""
+    return gives_indices(value) or gives_batches(value) or (hasattr(value, "__iter__") and iter(value) is not value)
 
 
 def within(rows: Tensor, size: int, who: str) -> Tensor:
@@ -217,7 +228,7 @@ def class_codes(labels: Any, what: str) -> Tensor:
     """Number the distinct values of (N,) labels, numbers or text, in sorted order: int64 (N,)."""
     if isinstance(labels, Tensor) or hasattr(labels, "dtype"):
         try:
-            found = torch.as_tensor(labels.to_numpy() if hasattr(labels, "to_numpy") else labels).cpu()
+            found = _column(labels)
         except (TypeError, ValueError):
             found = None
         if found is not None and found.dim() != 1:
@@ -229,6 +240,15 @@ def class_codes(labels: Any, what: str) -> Tensor:
     values = [value.item() if isinstance(value, Tensor) else value for value in values]
     codes = {value: code for code, value in enumerate(sorted(set(values), key=lambda value: (str(type(value)), value)))}
     return torch.tensor([codes[value] for value in values], dtype=torch.int64)
+
+
+def _column(values: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A column of numbers, of whatever library, as a tensor on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().cpu().to(dtype)
+    array = values.to_numpy() if hasattr(values, "to_numpy") else values
+    # A copy, since a data frame's may be read-only, which torch warns of.
+    return torch.as_tensor(array.copy() if hasattr(array, "dtype") else list(array), dtype=dtype)
 
 
 def _last(weights: Tensor) -> int:
