@@ -51,7 +51,8 @@ def reject_frame(data: Any, name: str) -> None:
     if type(data).__name__.endswith("Frame") and hasattr(data, "columns"):  # of pandas, polars, and those like them
         raise DataError(
             f"{name} is a {type(data).__name__}: pass its columns, as ax.ArrayDataset({{'x': df['x'], 'y': df['y']}}), or "
-            f"ax.ArrayDataset(df[['a', 'b']].to_numpy(), df['y']) for pairs of inputs and targets"
+            f"ax.ArrayDataset(df[['a', 'b']].to_numpy(), df['y']) for pairs of inputs and targets; columns of text, dates and "
+            f"nulls by ax.ArrayDataset.from_frame(df, inputs=['a', 'b'], targets='y')"
         )
 
 

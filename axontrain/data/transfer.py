@@ -46,8 +46,8 @@ class _Copy:
             self.error = error
             return
         self.pinned = mapped(batch, _pinned)  # kept until the copy is taken
-        # What made the batch on the device itself (a dataset that lives there) has to be done before it is used.
-        side.wait_stream(torch.cuda.current_stream(device))
+        if any(tensor.is_cuda for tensor in tensors(batch)):  # made on the device itself: that has to be done first
+            side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             self.moved = to_device(self.pinned, device)
             self.done = side.record_event()
