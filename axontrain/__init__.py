@@ -7,7 +7,7 @@ from axontrain import data, metrics, schedules
 from axontrain.callback import Callback
 from axontrain.callbacks import EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
 from axontrain.clock import Duration, Every
-from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order
+from axontrain.data import ArrayDataset, Columns, Dataset, Loader, Mixture, TableDataset, order, split
 from axontrain.errors import (
     AxonError,
     AxonWarning,
@@ -44,6 +44,7 @@ __all__ = [
     "BatchMismatchError",
     "Callback",
     "CheckpointError",
+    "Columns",
     "ConfigurationError",
     "DataError",
     "Dataset",
@@ -76,6 +77,7 @@ __all__ = [
     "Stop",
     "StopEpoch",
     "Supervised",
+    "TableDataset",
     "TaskBatch",
     "UnknownNameError",
     "UnknownOptionError",
@@ -84,4 +86,5 @@ __all__ = [
     "metrics",
     "order",
     "schedules",
+    "split",
 ]

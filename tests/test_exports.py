@@ -12,6 +12,7 @@ EXPORTED = [
     "BatchMismatchError",
     "Callback",
     "CheckpointError",
+    "Columns",
     "ConfigurationError",
     "DataError",
     "Dataset",
@@ -44,6 +45,7 @@ EXPORTED = [
     "Stop",
     "StopEpoch",
     "Supervised",
+    "TableDataset",
     "TaskBatch",
     "UnknownNameError",
     "UnknownOptionError",
@@ -52,6 +54,7 @@ EXPORTED = [
     "metrics",
     "order",
     "schedules",
+    "split",
 ]
 
 

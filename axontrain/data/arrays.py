@@ -64,7 +64,7 @@ class ArrayDataset:
         cls,
         frame: Any,
         inputs: Spec | None = None,
-        targets: Spec | None = None,
+        targets: Spec | bool | None = None,
         *,
         fill: Any = None,
         unseen: str = "error",
@@ -77,12 +77,13 @@ class ArrayDataset:
             frame: the data frame; a lazy one is collected.
             inputs: a column's name for a vector (N,), a list of names for one matrix (N, F), a mapping of either; None for a
                 matrix of all columns that are no targets.
-            targets: likewise; None for batches of the inputs alone.
+            targets: likewise; None for batches of the inputs alone. Beside ``like``, False takes the inputs alone of a frame
+                that has no targets, as to predict.
             fill: what stands for nulls, which are an error otherwise.
             unseen: whether a string that the vocabulary has not got is an "error" or code "zero".
             dtype: of the numbers.
             like: the dataset (or its ``columns``) that this frame is to be encoded like: the same columns, vocabularies and
-                fills. Nothing else is given then.
+                fills. Nothing else is given then, but for ``targets=False``.
 
         How each type is encoded stands at :class:`Columns`; the dataset keeps it in ``columns``.
 
@@ -99,11 +100,13 @@ class ArrayDataset:
             DataError: for a column that is missing or of a type that cannot be encoded, for nulls and unseen values.
         """
         if like is None:
+            if isinstance(targets, bool):
+                raise ConfigurationError(f"from_frame(targets={targets}) goes with like=: leave it out for no targets")
             columns = Columns(inputs, targets, fill=fill, unseen=unseen, dtype=dtype)
             frame = columns.read(frame)  # once, not once for each of the two
             columns.learn(frame)
         else:
-            given = {"inputs": inputs, "targets": targets, "fill": fill}
+            given = {"inputs": inputs, "targets": None if targets is False else targets, "fill": fill}
             beside = [name for name, value in given.items() if value is not None]
             beside += ["unseen"] * (unseen != "error") + ["dtype"] * (dtype != torch.float32)
             if beside:
@@ -113,7 +116,7 @@ class ArrayDataset:
                 what = "an ArrayDataset that from_frame did not make" if of is None else kind_of(of)
                 raise ConfigurationError(f"from_frame(like=...) is {what}: give a dataset made by from_frame, or its columns")
             columns = of
-        data = cls(columns.encode(frame))
+        data = cls(columns.encode(frame, targets=targets is not False))
         data.columns = columns
         return data
 

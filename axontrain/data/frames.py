@@ -106,6 +106,11 @@ class Columns:
         """The columns that are read, inputs first; before ``learn``, inputs=None adds none."""
         return [*_flat(self.inputs), *_flat(self.targets)]
 
+    @property
+    def input_names(self) -> list[str]:
+        """The columns that are read for the inputs alone."""
+        return list(_flat(self.inputs))
+
     def learn(self, frame: Any) -> Columns:
         """Learn types and vocabularies. Called again, for files read in parts, it adds the values of another frame.
 
@@ -163,10 +168,23 @@ class Columns:
             alone = self._learned and set(missing) <= set(of_targets)
             raise DataError(
                 f"the frame lacks the column{'s' * (len(missing) > 1)} {told}; it has {_listed(has)}"
-                + ("; columns.encode(frame, targets=False) gives the inputs alone" if alone else "")
+                + ("; targets=False takes the inputs alone" if alone else "")
             )
         table = table.select([*_flat(self._inputs_of(has)), *of_targets])
         return table.collect() if hasattr(table, "collect") else table
+
+    def find(self, name: str, encoded: Any) -> Tensor:
+        """The tensor (N,) of one column in what ``encode`` gave: a vector, or a column of a matrix.
+
+        Raises:
+            UnknownNameError: if it is none of the columns.
+        """
+        both = self.targets is not None and isinstance(encoded, tuple)
+        for spec, part in ((self.inputs, encoded[0] if both else encoded), (self.targets, encoded[1] if both else None)):
+            found = None if part is None else _found(spec, part, name)
+            if found is not None:
+                return found
+        raise unknown("column", name, self.names)
 
     def vocabulary(self, name: str) -> list[str]:
         """The strings of a column in the order of their codes, which begin at 0 (inputs with unseen="zero": at 1).
@@ -526,6 +544,15 @@ def _flat(spec: Any) -> list[str]:
     if isinstance(spec, dict):
         return [name for part in spec.values() for name in _flat(part)]
     return [] if spec is None else [spec] if isinstance(spec, str) else spec
+
+
+def _found(spec: Any, encoded: Any, name: str) -> Tensor | None:
+    if isinstance(spec, dict):
+        parts = (_found(part, encoded[key], name) for key, part in spec.items())
+        return next((part for part in parts if part is not None), None)
+    if spec == name:
+        return encoded  # type: ignore[no-any-return]  # a name stands for a tensor
+    return encoded[:, spec.index(name)] if isinstance(spec, list) and name in spec else None
 
 
 def _alone(spec: Any) -> list[str]:

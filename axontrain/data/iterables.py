@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import time
 import types
@@ -27,7 +28,8 @@ class Source:
     else. (An iterator that goes on over passes counts from where it began.)
 
     Args:
-        data: an iterable, which starts anew each epoch; an iterator, which goes on; or a function that returns one.
+        data: an iterable, which starts anew each epoch; an iterator, which goes on; or a function that returns one, given the
+            epoch if it takes an argument.
         name: what warnings and errors call it.
     """
 
@@ -43,7 +45,7 @@ class Source:
     @property
     def once(self) -> bool:
         """Whether it is an iterator, which can be read only once."""
-        return not is_maker(self.data) and iter(self.data) is self.data
+        return isinstance(self.data, Iterator)  # not iter(data) is data: that would start a DataLoader's workers
 
     def read(self, seed: int, epoch: int, start: int, size: int | None = None) -> Iterator[Any]:
         """The items of a pass from index ``start`` on; with ``size``, lists of so many."""
@@ -113,7 +115,11 @@ class Source:
         if isinstance(data, AT_HAND):
             return iter(data)
         with seeded(derive(seed, "iterable", epoch)):
-            return iter(data() if is_maker(data) else data)
+            if not is_maker(data):
+                return iter(data)
+            parameters = inspect.signature(data).parameters.values()
+            wants = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            return iter(data(epoch) if len(wants) == 1 else data())
 
     def _next(self, items: Iterator[Any], seed: int, epoch: int, index: int, size: int | None) -> Any:
         if isinstance(self.data, AT_HAND):

@@ -17,8 +17,9 @@ def order(seed: int, epoch: int, n: int) -> Tensor | Permutation:
 
     It depends on nothing else: not on workers, ranks, restarts, nor on the global generators, which are left alone.
 
-    Above 2^20 samples it is a :class:`~axontrain.data.Permutation`: indexed and sliced as the tensor would be, it computes
-    the part that is asked for and stores nothing, so that the last batch of 10^9 samples is there as soon as the first.
+    Above 2^20 samples it is a :class:`~axontrain.data.Permutation`: indexed, sliced and split as the tensor would be, it
+    computes the part that is asked for and stores nothing, so that the last batch of 10^9 samples is there as soon as the
+    first. ``order(...)[:]`` is a tensor for any ``n`` that fits in memory.
 
     >>> sorted(order(0, 3, 5).tolist())
     [0, 1, 2, 3, 4]

@@ -74,6 +74,12 @@ class Permutation:
         for first in range(0, self.n, CHUNK):
             yield from self[first : first + CHUNK]
 
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Parts of ``size``, one after another; the last may be smaller. They are computed as they are taken."""
+        chunk = size * max(1, CHUNK // size)
+        for first in range(0, self.n, chunk):
+            yield from torch.split(self[first : first + chunk], size)
+
     def tolist(self) -> list[int]:
         """All of them, as a list."""
         numbers: list[int] = self[:].tolist()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -194,7 +194,7 @@ def gives_batches(sampler: Any) -> bool:
 
 def is_sampler(value: Any) -> bool:
     """Whether a value gives indices at all: such a function, or an iterable that starts anew."""
-    return gives_indices(value) or gives_batches(value) or (hasattr(value, "__iter__") and iter(value) is not value)
+    return gives_indices(value) or gives_batches(value) or (isinstance(value, Iterable) and not isinstance(value, Iterator))
 
 
 def within(rows: Tensor, size: int, who: str) -> Tensor:

@@ -65,7 +65,8 @@ def split(dataset: Any, *shares: float, seed: int = 0, stratify: Any = None, gro
             ArrayDatasets; of another dataset they look into it.
         *shares: of each part: fractions that add up to 1 at most, or numbers of samples.
         seed: the same seed gives the same parts.
-        stratify: (N,) labels of which each part has the same mixture; or the name (or place) of an ArrayDataset's array.
+        stratify: (N,) labels of which each part has the same mixture; or an ArrayDataset's array, by its name or its place, or
+            a column of the frame that it was made of.
         groups: (N,), or such a name: samples of one group (a patient, a document) stay in one part. The shares are then met
             as nearly as the groups allow.
 
@@ -163,16 +164,29 @@ def _of_each(dataset: Any, values: Any, what: str, n: int) -> Tensor | None:
     if isinstance(values, (str, int)):
         if not isinstance(dataset, ArrayDataset):
             raise DataError(f"{what}={values!r}: only an ArrayDataset's arrays go by a name; pass one value for each sample")
-        structure = dataset.assemble(dataset.tensors)
-        try:
-            values = structure[values]
-        except (KeyError, IndexError, TypeError) as error:
-            known = structure if isinstance(structure, Mapping) else map(str, range(len(dataset.tensors)))
-            raise unknown(f"array in {what}=", values, map(str, known)) from error
+        values = _array(dataset, values, what)
     codes = class_codes(values, what)
     if len(codes) != n:
         raise DataError(f"{what} has {len(codes)} values and the dataset {n} samples: it needs one for each")
     return codes
+
+
+def _array(dataset: ArrayDataset, name: str | int, what: str) -> Tensor:
+    structure = dataset.assemble(dataset.tensors)
+    if dataset.columns is not None and isinstance(name, str):
+        return dataset.columns.find(name, structure)
+    if isinstance(structure, Mapping):
+        parts = dict(structure)
+    elif isinstance(structure, tuple):
+        parts = dict(enumerate(structure))
+    else:
+        parts = {}
+    if name not in parts:
+        raise unknown(f"array in {what}:", name, map(str, parts))
+    found = parts[name]
+    if not isinstance(found, Tensor):
+        raise DataError(f"{what}={name!r} is {kind_of(found)}: pass one value for each sample")
+    return found
 
 
 def _part(dataset: Any, indices: Tensor) -> Any:

@@ -44,8 +44,10 @@ class TableDataset:
             numbers. Values are Python's own, None where there is none, bytes as they are; a list of numbers is a tensor.
         like: the ``Columns`` of a data frame that say how columns become tensors, with the vocabulary and the fill for
             missing values they were made with.
-        cache: how many row groups are held in memory; by default as many as make up about 256 MB before compression (one,
-            where a single one is larger), and one more.
+        targets: False takes the inputs alone, ``like`` Columns that have targets: of files without them, as to predict.
+        cache: how many row groups are held in memory: those that are mixed, and one that the next batch may begin with (so
+            that 4 mix 3). By default as many as make up about 256 MB before compression (one, where a single one is larger)
+            are mixed.
 
     Without ``decode`` and ``like`` a sample is ``{column: value}`` and a batch of B rows ``{column: values}``:
 
@@ -96,6 +98,7 @@ class TableDataset:
         columns: Sequence[str] | None = None,
         decode: Callable[[dict[str, Any]], Any] | None = None,
         like: Any = None,
+        targets: bool = True,
         cache: int | None = None,
     ) -> None:
         if like is not None and (decode is not None or columns is not None):
@@ -105,8 +108,13 @@ class TableDataset:
             )
         if decode is not None and not callable(decode):
             raise ConfigurationError(f"TableDataset: decode is {kind_of(decode)}: a function of one row, {{column: value}}")
-        self.decode, self.like = decode, like
-        wanted = columns if like is None else like.names or None
+        if not targets and like is None:
+            raise ConfigurationError("TableDataset: targets=False goes with like=, whose targets it leaves out")
+        self.decode, self.like, self.targets = decode, like, targets
+        wanted = columns
+        if like is not None:
+            wanted = like.names if targets else like.input_names
+            wanted = wanted or None
         if isinstance(wanted, str):
             raise ConfigurationError(f"TableDataset: columns={wanted!r}: a list of names, [{wanted!r}]")
         self.paths = _found(paths)
@@ -262,7 +270,7 @@ class TableDataset:
 
     def _encoded(self, table: Any, where: str) -> Any:
         try:
-            return self.like.encode(table)
+            return self.like.encode(table, targets=self.targets)
         except Exception as error:
             error.add_note(f"in {where}")
             raise

@@ -178,8 +178,8 @@ class Workers:
             hint = ". The system kills a process that takes too much memory: use fewer workers or a smaller batch"
         elif self._begun.value < self.count and self._method() != "fork":
             hint = (
-                ". It had not begun yet: what it printed above says why (a script whose workers are started by "
-                f"{self._method()!r} has its code under if __name__ == '__main__')"
+                f". It had not begun yet: what it printed above says why. With start_method={self._method()!r} a script has "
+                f"its code under if __name__ == '__main__', and a notebook its dataset in a module that it imports"
             )
         return told + hint
 

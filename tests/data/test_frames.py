@@ -397,9 +397,15 @@ def test_missing_columns_are_named_with_the_nearest_there_are(kind):
 def test_a_frame_without_targets_is_encoded_to_predict():
     data = ArrayDataset.from_frame(pandas, ["age"], "label")
     unlabelled = pandas.drop(columns="label")
-    with pytest.raises(ax.DataError, match=r"lacks the column 'label'.*encode\(frame, targets=False\)"):
+    with pytest.raises(ax.DataError, match=r"lacks the column 'label'.*targets=False takes the inputs"):
         ArrayDataset.from_frame(unlabelled, like=data)
     assert torch.equal(data.columns.encode(unlabelled, targets=False), data.tensors[0])
+    alone = ArrayDataset.from_frame(unlabelled, like=data, targets=False)
+    assert torch.equal(alone.tensors[0], data.tensors[0])
+    loop = ax.Loop(ax.Supervised(torch.nn.Linear(1, 2), "cross_entropy"), progress=False)
+    assert torch.equal(loop.predict(alone), loop.predict(data))
+    with pytest.raises(ax.ConfigurationError, match="targets=False\\) goes with like="):
+        ArrayDataset.from_frame(pandas, ["age"], False)
 
 
 def test_columns_that_become_of_another_kind_are_an_error():

@@ -49,6 +49,13 @@ def test_what_is_outside_is_an_index_error():
         Permutation(2**42 + 1, 0)
 
 
+def test_it_is_split_as_a_tensor_would_be():
+    order = Permutation(100_003, 5)
+    parts = list(order.split(64))
+    assert [len(part) for part in parts] == [64] * 1562 + [35]
+    assert torch.equal(torch.cat(parts), order[:])
+
+
 def test_small_orders_are_stored_and_large_ones_computed():
     assert isinstance(ax.order(0, 0, STORED), torch.Tensor)
     assert isinstance(ax.order(0, 0, STORED + 1), Permutation)

@@ -92,6 +92,25 @@ def test_parts_of_arrays_are_arrays_and_go_by_name():
         split(data, 0.5, 0.5, stratify="yy")
 
 
+def test_labels_may_be_a_column_of_the_frame_or_an_array_by_its_place():
+    frame = pd.DataFrame({"a": range(20), "b": ["x", "y"] * 10, "c": [0, 1] * 10})
+    for inputs in (["a", "b"], {"n": ["a"], "b": "b"}, "b"):
+        data = ax.ArrayDataset.from_frame(frame, inputs, "c")
+        for name in ("b", "c"):
+            train, _ = split(data, 0.5, 0.5, stratify=name)
+            assert int(train.tensors[-1].sum()) == 5
+            assert train.columns is data.columns
+        with pytest.raises(ax.AxonError, match="unknown column 'd'"):
+            split(data, 0.5, 0.5, stratify="d")
+    nested = ax.ArrayDataset({"a": torch.zeros(8, 2), "b": torch.zeros(8)}, torch.tensor([0, 1] * 4))
+    assert int(split(nested, 0.5, 0.5, stratify=1)[0].tensors[-1].sum()) == 2
+    for place, told in ((0, "stratify=0 is dict of"), (2, "unknown array in stratify: 2"), ("a", "unknown array")):
+        with pytest.raises(ax.AxonError, match=told):
+            split(nested, 0.5, 0.5, stratify=place)
+    with pytest.raises(ax.AxonError, match="unknown array"):  # a single array has no names
+        split(ax.ArrayDataset(torch.zeros(4, 4)), 0.5, 0.5, stratify=0)
+
+
 def test_parts_are_as_fast_as_the_whole():
     class Many:
         def __len__(self):

@@ -78,6 +78,18 @@ def test_an_iterable_starts_anew_each_epoch():
     assert listed(stream, epoch=3, start=2) == [[3]]  # said once
 
 
+def test_a_function_that_returns_an_iterator_starts_anew_and_may_want_the_epoch():
+    def batches(epoch):
+        yield from (torch.tensor([epoch, index]) for index in range(2))
+
+    stream = Stream(batches, "train")
+    assert stream.length is None
+    assert listed(stream) == [[0, 0], [0, 1]]
+    assert listed(stream, epoch=4) == [[4, 0], [4, 1]]
+    assert listed(Stream(lambda: iter([torch.ones(1)]), "train"), epoch=4) == [[1.0]]
+    assert listed(Stream(Anew().__iter__, "train"), epoch=4) == [[1], [2], [3]]
+
+
 def test_an_iterator_stands_where_it_was_left():
     stream = Stream(iter([torch.tensor([1]), torch.tensor([2]), torch.tensor([3])]), "train")
     first = stream.batches(0, 0)

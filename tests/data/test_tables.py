@@ -281,6 +281,21 @@ def test_missing_values_are_filled_as_the_columns_say(tmp_path):
     assert raised.value.__notes__ == [f"in row group 0 of {path}"]
 
 
+def test_files_without_targets_are_read_to_predict(tmp_path):
+    table = pa.table({"x": [1.5, 2.0, 2.5], "y": [0, 1, 0]})
+    path = write(tmp_path / "points", table, 2)
+    known = Columns(["x"], "y").learn(table)
+    data = TableDataset(path, like=known)
+    bare = path.with_name("bare.parquet")
+    pq.write_table(table.select(["x"]), bare)
+    with pytest.raises(ax.AxonError, match="'y'"):
+        TableDataset(bare, like=known)
+    alone = TableDataset(bare, like=known, targets=False)
+    assert torch.equal(alone.gather(torch.arange(len(alone))), data.gather(torch.arange(len(data)))[0])
+    with pytest.raises(ax.ConfigurationError, match="goes with like="):
+        TableDataset(bare, targets=False)
+
+
 def test_columns_that_do_not_fit_the_files_are_told_of_at_once(tmp_path):
     path = write(tmp_path / "points", POINTS)
     with pytest.raises(ax.DataError, match="learned nothing yet"):
