@@ -12,25 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.errors import CheckpointError, ConfigurationError, DataError, kind_of, require, unknown
+from axontrain.data.series import KINDS, as_text, distinct, kind_in, listed, narwhals, numbers, numpy, table_of, without_nulls
+from axontrain.errors import CheckpointError, ConfigurationError, DataError, kind_of, unknown
 
 Spec = str | list[str] | Mapping[str, str | list[str]]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# What a column holds, as errors call it. Whole and other numbers are two kinds, since alone they are of two dtypes.
-KINDS = {
-    "integer": "numbers",
-    "float": "numbers",
-    "boolean": "booleans",
-    "category": "strings or categories",
-    "date": "dates",
-    "duration": "durations",
-}
 WHOLE = ("integer", "boolean", "category")  # int64 when alone
 
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
-DAY = 86_400_000_000  # microseconds
 
 
 class Columns:
@@ -144,7 +135,7 @@ class Columns:
         if self.inputs is None or not self._learned:
             raise DataError("these columns have learned nothing yet: call learn(frame) first")
         table = self.read(frame, targets=targets)
-        parts = {name: _present(table[name]) for name in table.columns}
+        parts = {name: without_nulls(table[name]) for name in table.columns}
         for name, (present, _) in parts.items():
             self._check_kind(name, present)
         self._check_nulls(parts, len(table))
@@ -159,7 +150,7 @@ class Columns:
         Raises:
             DataError: if ``frame`` is no data frame, or lacks a column: all that are missing, with the nearest names.
         """
-        table = _table(frame)
+        table = table_of(frame)
         has = list(table.collect_schema().names())
         of_targets = _flat(self.targets) if targets else []
         missing = [name for name in [*_flat(self.inputs), *of_targets] if name not in has]
@@ -167,7 +158,7 @@ class Columns:
             told = ", ".join(f"{name!r}{_near(name, has)}" for name in missing)
             alone = self._learned and set(missing) <= set(of_targets)
             raise DataError(
-                f"the frame lacks the column{'s' * (len(missing) > 1)} {told}; it has {_listed(has)}"
+                f"the frame lacks the column{'s' * (len(missing) > 1)} {told}; it has {listed(has)}"
                 + ("; targets=False takes the inputs alone" if alone else "")
             )
         table = table.select([*_flat(self._inputs_of(has)), *of_targets])
@@ -272,7 +263,7 @@ class Columns:
         inputs = [name for name in has if name not in _flat(self.targets)]
         if not inputs or not all(isinstance(name, str) for name in inputs):
             raise DataError(
-                f"inputs=None takes all columns that are no targets; the frame has {_listed(inputs)}"
+                f"inputs=None takes all columns that are no targets; the frame has {listed(inputs)}"
                 + (": columns are named by text, as by df.columns = df.columns.map(str)" if inputs else "")
             )
         return inputs
@@ -282,19 +273,17 @@ class Columns:
         for what, names in (("inputs", of_inputs), ("targets", of_targets)):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ConfigurationError(f"among the {what} there is more than one {_listed(twice)}: a column is taken once")
+                raise ConfigurationError(f"among the {what} there is more than one {listed(twice)}: a column is taken once")
         both = [name for name in of_targets if name in of_inputs]
         if both:
-            raise ConfigurationError(
-                f"{_listed(both)} is among the inputs and the targets: the model would be shown the answer"
-            )
+            raise ConfigurationError(f"{listed(both)} is among the inputs and the targets: the model would be shown the answer")
         if isinstance(self.fill, dict) and inputs is not None:
             for name in self.fill:
                 if name not in of_inputs and name not in of_targets:
                     raise unknown("column in fill:", name, [*of_inputs, *of_targets])
 
     def _check_kind(self, name: str, present: Any) -> None:
-        learned, here = self._kind_of(name), _kind(present.dtype)
+        learned, here = self._kind_of(name), kind_in(present.dtype)
         if learned is None or present.is_empty() or (here is not None and KINDS[here] == KINDS[learned]):
             return
         holds = f"holds {KINDS[here]} ({present.dtype})" if here else f"is of {present.dtype}, which cannot be encoded,"
@@ -344,10 +333,10 @@ class Columns:
         """What is known of a column with this part of it; None where its type cannot be encoded."""
         known = self._learned.get(name, _Column())
         column = replace(known, vocabulary=list(known.vocabulary))
-        present, keep = _present(series)
+        present, keep = without_nulls(series)
         column.nulls = column.nulls or keep is not None
         if not present.is_empty():
-            kind = _kind(present.dtype)
+            kind = kind_in(present.dtype)
             if kind is None:
                 return None
             if column.kind is not None and KINDS[kind] != KINDS[column.kind]:
@@ -356,7 +345,7 @@ class Columns:
                     f"learned of it"
                 )
             if kind == "category":
-                column.add(*_vocabulary(present))
+                column.add(*distinct(present))
             # Of whole numbers and others, the column is one of others.
             column.kind = "float" if {kind, column.kind} == {"integer", "float"} else kind
         if column.kind is not None and isinstance(self.fill, dict) and name in self.fill:
@@ -377,7 +366,7 @@ class Columns:
         ]
         if self._used and changed:
             raise DataError(
-                f"{_listed(changed)} would be encoded in another way from here on, and rows have been encoded already: learn "
+                f"{listed(changed)} would be encoded in another way from here on, and rows have been encoded already: learn "
                 f"from all parts first, or from a new Columns"
             )
         self.inputs, self._learned = inputs, learned
@@ -386,8 +375,8 @@ class Columns:
 
     def _values(self, name: str, present: Any, keep: Any) -> Any:
         """A column as a NumPy array of its own: int64, or of floats."""
-        np = _numpy()
-        kind = self._kind_of(name) or _kind(present.dtype) or "float"
+        np = numpy()
+        kind = self._kind_of(name) or kind_in(present.dtype) or "float"
         if self._kind_of(name) is None and (keep is not None or not present.is_empty()):
             raise DataError(
                 f"column {name!r} had nothing but nulls when it was learned: learn from a frame that has values in it"
@@ -395,9 +384,9 @@ class Columns:
         if present.is_empty():
             values = np.empty(0, dtype=np.int64 if kind in WHOLE else np.float64)
         elif kind == "category":
-            values = self._codes(name, _text(present))
+            values = self._codes(name, as_text(present))
         else:
-            values = _numbers(name, present)
+            values = numbers(name, present)
         if keep is None:
             return values
         fill = self._filling(name, kind)
@@ -421,14 +410,14 @@ class Columns:
             count = int(text.is_in(strange).sum())
             self._raise_unseen(name, strange, count)
         # Each value that is there is looked up once, and the rows by the library of the frame.
-        numbers = text.replace_strict(found, [codes.get(value, 0) for value in found], return_dtype=_narwhals().Int64)
-        return _numpy().array(numbers.to_numpy(), dtype="int64")
+        numbers = text.replace_strict(found, [codes.get(value, 0) for value in found], return_dtype=narwhals().Int64)
+        return numpy().array(numbers.to_numpy(), dtype="int64")
 
     def _raise_unseen(self, name: str, strange: list[str], count: int) -> None:
         target = name in _flat(self.targets)
         known = self._learned[name].vocabulary
         raise DataError(
-            f"column {name!r} has {_listed(strange)} in {count} row{'s' * (count > 1)}, which its vocabulary of {len(known)} "
+            f"column {name!r} has {listed(strange)} in {count} row{'s' * (count > 1)}, which its vocabulary of {len(known)} "
             f"has not got: learn from all frames (columns.learn(frame) adds values)"
             + (" or leave these rows out: no class stands for what is unseen" if target else ", or take unseen='zero'")
         )
@@ -460,7 +449,7 @@ class Columns:
         return matrix
 
     def _tensor(self, name: str, values: Any, *, alone: bool) -> Tensor:
-        np = _numpy()
+        np = numpy()
         kind = self._kind_of(name)
         if alone and kind in WHOLE:
             if values.dtype == np.int64:
@@ -625,127 +614,9 @@ def _read(fill: Any) -> Any:
     return {"datetime": dt.datetime, "date": dt.date}[kind].fromisoformat(value)
 
 
-# ---- what narwhals reads
-
-
-def _narwhals() -> Any:
-    # The stable one: what it has stays as it is.
-    return require("narwhals.stable.v2", "frames", "reading a data frame")
-
-
-def _numpy() -> Any:
-    return require("numpy", "frames", "reading a data frame")
-
-
-def _table(frame: Any) -> Any:
-    nw = _narwhals()
-    try:
-        native = nw.to_native(frame, pass_through=True)
-        try:
-            table = nw.from_native(native)
-        except TypeError:
-            if not hasattr(native, "__arrow_c_stream__"):
-                raise
-            table = nw.from_arrow(native, backend="pyarrow")  # a record batch, or a reader of them
-        names = table.collect_schema().names()
-    except (TypeError, ValueError) as error:  # narwhals' own are ValueErrors
-        raise DataError(f"frame is {kind_of(frame)}, of which narwhals reads no columns: {error}") from error
-    twice = sorted({str(name) for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"the frame has more than one column of the name {_listed(twice)}: rename them")
-    return table
-
-
-def _kind(dtype: Any) -> str | None:
-    nw = _narwhals()
-    if dtype.is_integer():
-        return "integer"
-    if dtype.is_float() or dtype.is_decimal():
-        return "float"
-    if dtype in (nw.String, nw.Categorical, nw.Enum):
-        return "category"
-    if dtype in (nw.Date, nw.Datetime):
-        return "date"
-    return "boolean" if dtype == nw.Boolean else "duration" if dtype == nw.Duration else None
-
-
-def _typed(series: Any) -> Any:
-    """A column as a type that can be worked with.
-
-    Python objects in a column of pandas are what Arrow takes them for: dates, decimals, booleans with nulls.
-    """
-    nw = _narwhals()
-    if series.dtype == nw.String and series.implementation.is_pyarrow() and "view" in str(nw.to_native(series).type):
-        return series.cast(nw.String)  # Arrow picks no rows of views, and looks nothing up in them
-    if series.dtype != nw.Object:
-        return series
-    try:
-        array = series.to_arrow()
-        return nw.from_native(require("pyarrow", "frames", "reading objects").chunked_array([array]), series_only=True)
-    except (ImportError, TypeError, ValueError):  # pyarrow's own are among them
-        return series
-
-
-def _present(series: Any) -> tuple[Any, Any]:
-    """The values without nulls and NaN, and a mask of where they stand; None where nothing is missing."""
-    series = _typed(series)
-    missing = series.is_null()
-    if series.dtype.is_float():
-        missing = missing | series.is_nan()
-    if not missing.any():
-        return series, None
-    keep = ~missing
-    return series.filter(keep), _numpy().array(keep.to_numpy(), dtype=bool)
-
-
-def _text(series: Any) -> Any:
-    nw = _narwhals()
-    return series if series.dtype == nw.String else series.cast(nw.String)
-
-
-def _vocabulary(series: Any) -> tuple[list[str], bool]:
-    """The distinct values of strings or categories, and whether they are in an order of their own."""
-    nw = _narwhals()
-    if series.dtype == nw.Enum:
-        return [str(value) for value in series.dtype.categories], True
-    # polars and Arrow number categories as they meet them: an order of rows, not of theirs.
-    native = nw.to_native(series)
-    if series.dtype == nw.Categorical and hasattr(native, "cat") and series.implementation.is_pandas_like():
-        return [str(value) for value in native.cat.categories], True
-    return sorted(_text(series).unique().to_list()), False
-
-
-def _numbers(name: str, series: Any) -> Any:
-    """The numbers of a column without nulls as a NumPy array that is a copy."""
-    nw, np = _narwhals(), _numpy()
-    dtype = series.dtype
-    if dtype == nw.Date or dtype == nw.Datetime:
-        return np.array(series.dt.timestamp("us").to_numpy(), dtype=np.int64) / DAY
-    if dtype == nw.Duration:
-        return np.array(series.dt.total_microseconds().to_numpy(), dtype=np.int64) / DAY
-    if dtype == nw.Boolean:
-        return np.array(series.to_numpy(), dtype=bool).astype(np.int64)
-    if dtype.is_integer():
-        if dtype in (nw.UInt64, nw.Int128, nw.UInt128):
-            low, high = series.min(), series.max()
-            if low < -(2**63) or high >= 2**63:
-                raise DataError(f"column {name!r} has integers that int64 does not hold, from {low} to {high}: cast it first")
-            series = series.cast(nw.Int64)
-        return np.array(series.to_numpy(), dtype=np.int64)
-    if dtype.is_decimal():
-        series = series.cast(nw.Float64)
-    values = np.array(series.to_numpy())
-    return values if values.dtype in (np.float32, np.float64, np.float16) else values.astype(np.float64)
-
-
 # ---- what errors say
 
 
 def _near(name: str, known: Iterable[Any]) -> str:
     near = difflib.get_close_matches(name, [str(one) for one in known], n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-
-
-def _listed(values: list[Any], most: int = 8) -> str:
-    shown = ", ".join(map(repr, values[:most]))
-    return (shown or "nothing") + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import bisect
-import glob
 import itertools
 import operator
 import os
-import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from axontrain.data.structure import mapped
-from axontrain.errors import ConfigurationError, DataError, kind_of, require, unknown, whole
+from axontrain.data.table_columns import check_types, column_of, missing, objects_of, types_of, whole_array
+from axontrain.data.table_files import ArrowFile, ParquetFile, check_same, chosen, found_files, opened
+from axontrain.errors import ConfigurationError, DataError, kind_of, whole
 
 # The row groups that are mixed with one another, and so held in memory together, unless ``cache`` says how many.
 WINDOW_BYTES = 256 * 2**20
 # Files that a process holds open: opening one again costs a look at its footer, a handle each would run out.
 OPEN_FILES = 16
-# What a message of an Arrow file holds, in its format's numbering.
-RECORD_BATCH = 3
-# torch has these, but no index_select of them.
-_SIGNED = {"uint16": "int32", "uint32": "int64", "uint64": "int64"}
-_PER_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
 
 
 class TableDataset:
@@ -117,24 +110,24 @@ class TableDataset:
             wanted = wanted or None
         if isinstance(wanted, str):
             raise ConfigurationError(f"TableDataset: columns={wanted!r}: a list of names, [{wanted!r}]")
-        self.paths = _found(paths)
-        opened: Any = None
+        self.paths = found_files(paths)
+        first: Any = None
         groups: list[_RowGroup] = []
         for number, path in enumerate(self.paths):
-            file = _opened(path)
-            if opened is None:
-                opened = file
-                self.columns = _chosen(file.schema, path, wanted)
-                self._types = _types(file.schema, self.columns)
+            file = opened(path)
+            if first is None:
+                first = file
+                self.columns = chosen(file.schema, path, wanted)
+                self._types = types_of(file.schema, self.columns)
                 if like is not None:
                     self._encoded(file.schema.empty_table().select(self.columns), str(path))  # before the first step
                 elif decode is None:
-                    _check_types(file.schema, path, self.columns)
+                    check_types(file.schema, path, self.columns)
             else:
-                _check_same(opened, file, self.columns)
+                check_same(first, file, self.columns)
             if like is None and decode is None:
                 for column, count in file.nulls(self.columns).items():
-                    raise _missing(column, count, str(path))
+                    raise missing(column, count, str(path))
             groups += [_RowGroup(number, index, rows, size) for index, (rows, size) in enumerate(file.row_groups(self.columns))]
         self._groups = groups
         self.blocks = [group.rows for group in groups]
@@ -254,8 +247,8 @@ class TableDataset:
         else:
             if len(held.files) >= OPEN_FILES:
                 held.files.popitem(last=False)
-            file = _opened(self.paths[group.file])
-            if _types(file.schema, self.columns) != self._types:
+            file = opened(self.paths[group.file])
+            if types_of(file.schema, self.columns) != self._types:
                 raise DataError(
                     f"the columns of {file.path} are no longer those it had: the file has changed since it was opened"
                 )
@@ -265,8 +258,8 @@ class TableDataset:
             raise DataError(f"{where} has {len(table)} rows, and had {group.rows}: the file has changed since it was opened")
         if self.like is not None:
             return self._encoded(table, where)
-        make = _column if self.decode is None else _objects
-        return {name: make(_array(table.column(name)), name, where) for name in self.columns}
+        make = column_of if self.decode is None else objects_of
+        return {name: make(whole_array(table.column(name)), name, where) for name in self.columns}
 
     def _encoded(self, table: Any, where: str) -> Any:
         try:
@@ -293,366 +286,15 @@ class _Held:
     def __init__(self) -> None:
         self.process = os.getpid()
         self.lock = threading.RLock()
-        self.files: OrderedDict[int, _Parquet | _Arrow] = OrderedDict()
+        self.files: OrderedDict[int, ParquetFile | ArrowFile] = OrderedDict()
         self.groups: OrderedDict[int, Any] = OrderedDict()
         self.reads = 0
-
-
-class _Parquet:
-    """A Parquet file, open."""
-
-    def __init__(self, path: Path) -> None:
-        parquet = _pyarrow("parquet")
-        self.path = path
-        with _Reading(path):
-            # Not mapped: the pages read would count as the process's memory until the system takes them back.
-            self._file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
-            self.schema = self._file.schema_arrow
-
-    def row_groups(self, columns: list[str]) -> list[tuple[int, int]]:
-        """The rows of each, and the bytes of ``columns`` before compression."""
-        leaves = [leaf for leaf, path in self._leaves() if any(path == name or path.startswith(name + ".") for name in columns)]
-        groups = map(self._file.metadata.row_group, range(self._file.num_row_groups))
-        return [(group.num_rows, sum(group.column(leaf).total_uncompressed_size for leaf in leaves)) for group in groups]
-
-    def nulls(self, columns: list[str]) -> dict[str, int]:
-        """How many values are missing in each column, where there are any and the file tells."""
-        wanted, counts = set(columns), dict.fromkeys(columns, 0)
-        # In lists the count is of something else: an empty list counts too.
-        flat = [(leaf, path) for leaf, path in self._leaves() if path in wanted]
-        for group in map(self._file.metadata.row_group, range(self._file.num_row_groups)):
-            for leaf, path in flat:
-                statistics = group.column(leaf).statistics
-                if statistics is not None and statistics.has_null_count:
-                    counts[path] += statistics.null_count
-        return {column: count for column, count in counts.items() if count}
-
-    def read(self, index: int, columns: list[str]) -> Any:
-        """The row group, as a pyarrow Table."""
-        with _Reading(self.path, index):
-            return self._file.read_row_group(index, columns=columns)
-
-    def _leaves(self) -> list[tuple[int, str]]:
-        return [(leaf, self._file.schema.column(leaf).path) for leaf in range(len(self._file.schema))]
-
-
-class _Arrow:
-    """An Arrow IPC file, mapped; a record batch is a row group."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with _Reading(path):
-            self._source = _pyarrow().memory_map(str(path))
-            self._all = _pyarrow("ipc").open_file(self._source)
-            self.schema = self._all.schema
-        self._some: tuple[list[str], Any] = ([], None)
-
-    def row_groups(self, columns: list[str]) -> list[tuple[int, int]]:
-        """The rows of each, and its bytes in the file."""
-        return [(header.rows, header.size) for header in _headers(self.path)]
-
-    def nulls(self, columns: list[str]) -> dict[str, int]:
-        """How many values are missing in each column, where there are any."""
-        # A header counts them in each column and, after it, in each of those that a nested one is made of.
-        places = dict(zip(self.schema.names, itertools.accumulate(map(_arrays, self.schema.types), initial=0), strict=False))
-        counts = dict.fromkeys(columns, 0)
-        for header in _headers(self.path):
-            for column in columns:
-                counts[column] += header.nulls[places[column]]
-        return {column: count for column, count in counts.items() if count}
-
-    def read(self, index: int, columns: list[str]) -> Any:
-        """The record batch, as a pyarrow Table; without a copy where the file is not compressed."""
-        with _Reading(self.path, index):
-            batch = self._reader(columns).get_batch(index)
-            return _pyarrow().Table.from_batches([batch]).select(columns)
-
-    def _reader(self, columns: list[str]) -> Any:
-        if self._some[0] != columns:
-            reader = self._all
-            # Of a compressed file only some columns are to be unpacked; of one that is not, pyarrow would copy them.
-            if len(columns) < len(self.schema) and any(
-                header.compressed for header in itertools.islice(_headers(self.path), 1)
-            ):
-                ipc = _pyarrow("ipc")
-                fields = [self.schema.get_field_index(name) for name in columns]
-                reader = ipc.open_file(self._source, options=ipc.IpcReadOptions(included_fields=fields))
-            self._some = columns, reader
-        return self._some[1]
-
-
-class _Header(NamedTuple):
-    rows: int
-    size: int  # in bytes
-    nulls: list[int]
-    compressed: bool
-
-
-def _headers(path: Path) -> Iterator[_Header]:
-    # What an Arrow file says of each record batch. pyarrow tells it with the batch only, and unpacks that for it: a pass over
-    # the whole file. The format: File.fbs and Message.fbs of https://arrow.apache.org/docs/format/Columnar.html
-    with path.open("rb") as file:
-        try:
-            file.seek(-10, os.SEEK_END)  # the footer's length, and the magic bytes
-            (length,) = struct.unpack("<i6x", file.read(10))
-            file.seek(-10 - length, os.SEEK_END)
-            footer = file.read(length)
-            for offset, prefixed, size in struct.iter_unpack("<qi4xq", _vector(footer, _followed(footer, 0), 3, 24)):
-                file.seek(offset)
-                message = file.read(prefixed)
-                message = message[8 if message.startswith(b"\xff\xff\xff\xff") else 4 :]
-                root = _followed(message, 0)
-                kind, batch = _field(message, root, 1), _followed(message, _field(message, root, 2))
-                if not kind or message[kind] != RECORD_BATCH:
-                    raise struct.error("it is none of a record batch")
-                at = _field(message, batch, 0)  # absent where it is zero
-                (rows,) = struct.unpack_from("<q", message, at) if at else (0,)
-                nulls = [count for _, count in struct.iter_unpack("<qq", _vector(message, batch, 1, 16))]
-                yield _Header(rows, size, nulls, compressed=_field(message, batch, 3) > 0)
-        except struct.error as error:
-            raise DataError(f"{path} cannot be read: the header of a record batch is damaged ({error})") from error
-
-
-def _field(buffer: bytes, table: int, number: int) -> int:
-    # Where a field of a flatbuffer's table stands; 0 if the table has not got it.
-    vtable = table - int(struct.unpack_from("<i", buffer, table)[0])
-    (size,) = struct.unpack_from("<H", buffer, vtable)
-    offset = struct.unpack_from("<H", buffer, vtable + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
-    return int(table + offset) if offset else 0
-
-
-def _followed(buffer: bytes, at: int) -> int:
-    return at + int(struct.unpack_from("<I", buffer, at)[0])
-
-
-def _vector(buffer: bytes, table: int, number: int, size: int) -> bytes:
-    # The bytes of a vector of structs of ``size``.
-    at = _field(buffer, table, number)
-    if not at:
-        return b""
-    start = _followed(buffer, at)
-    (count,) = struct.unpack_from("<I", buffer, start)
-    return buffer[start + 4 : start + 4 + size * count]
-
-
-def _arrays(kind: Any) -> int:
-    # How many arrays a column is made of, itself counted.
-    kind = kind.storage_type if isinstance(kind, _pyarrow().BaseExtensionType) else kind
-    return 1 + sum(_arrays(kind.field(child).type) for child in range(kind.num_fields))
-
-
-class _Reading:
-    """Says which file and row group it was, where pyarrow fails."""
-
-    def __init__(self, path: Path, index: int | None = None) -> None:
-        self.where = str(path) if index is None else f"row group {index} of {path}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (OSError, ValueError, _pyarrow().ArrowException)):
-            raise DataError(f"{self.where} cannot be read: {error}") from error
-
-
-class _Objects:
-    """A column of values that are no tensor, or not all of one length: an Arrow array, and what is made of an item."""
-
-    def __init__(self, array: Any, made: Callable[[Any], Any]) -> None:
-        self.array, self.made = array, made
-
-    def __getitem__(self, index: int) -> Any:
-        return self.made(self.array[index])
-
-
-def _found(paths: Any) -> list[Path]:
-    if isinstance(paths, (str, os.PathLike)):
-        text = os.fspath(paths)
-        if glob.has_magic(text) and not Path(text).exists():
-            found = [Path(name) for name in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207  # absolute patterns too
-            if not found:
-                raise DataError(f"TableDataset: no file is like {text!r} (looked from {Path.cwd()})")
-        else:
-            found = [Path(text)]
-    elif isinstance(paths, Sequence) and not isinstance(paths, bytes):
-        found = [Path(path) for path in paths]
-        if not found:
-            raise DataError("TableDataset: a list of no files; it takes a path, a list of paths, or a pattern")
-    else:
-        raise DataError(f"TableDataset: paths is {kind_of(paths)}; it takes a path, a list of paths, or a pattern")
-    for path in found:
-        if path.is_dir():
-            raise DataError(f"TableDataset: {path} is a directory; its files are {str(path / '*.parquet')!r}, as a pattern")
-        if not path.is_file():
-            raise DataError(f"TableDataset: there is no file {path}" + ("" if path.is_absolute() else f" in {Path.cwd()}"))
-    return [path.absolute() for path in found]  # a worker may have another working directory
-
-
-def _opened(path: Path) -> _Parquet | _Arrow:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(6)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if magic.startswith(b"PAR1"):
-        return _Parquet(path)
-    if magic == b"ARROW1":
-        return _Arrow(path)
-    if magic.startswith(b"\xff\xff\xff\xff"):
-        raise DataError(
-            f"{path} is an Arrow stream, which can only be read from its beginning; TableDataset takes Parquet and Arrow files "
-            f"(pyarrow.ipc.new_file, Feather 2). If it is from Hugging Face datasets, pass that dataset itself"
-        )
-    raise DataError(f"{path} is neither Parquet nor an Arrow file: it begins with {magic!r}, not with b'PAR1' or b'ARROW1'")
-
-
-def _chosen(schema: Any, path: Path, wanted: Sequence[str] | None) -> list[str]:
-    columns = list(schema.names if wanted is None else wanted)
-    if not columns:
-        raise DataError(f"TableDataset: no column of {path} is read; it has {', '.join(schema.names) or 'none'}")
-    for name in columns:
-        if name not in schema.names:
-            raise unknown(f"column of {path}:", name, schema.names)
-        if schema.names.count(name) > 1:
-            raise DataError(f"{path} has {schema.names.count(name)} columns named {name!r}: columns= takes those of one name")
-        if columns.count(name) > 1:
-            raise ConfigurationError(f"TableDataset: columns={columns!r} has {name!r} twice")
-    return columns
-
-
-def _check_same(first: Any, other: Any, columns: list[str]) -> None:
-    for name in columns:
-        expected, index = first.schema.field(name).type, other.schema.get_field_index(name)
-        if index < 0:
-            raise DataError(f"{other.path} has no column {name!r}, which {first.path} has: all files have the same columns")
-        if other.schema.field(index).type != expected:
-            raise DataError(
-                f"column {name!r} is {other.schema.field(index).type} in {other.path} and {expected} in {first.path}: "
-                f"all files have the same columns"
-            )
-
-
-def _types(schema: Any, columns: list[str]) -> dict[str, Any]:
-    return {field.name: field.type for field in schema if field.name in columns}
-
-
-def _check_types(schema: Any, path: Path, columns: list[str]) -> None:
-    for name in columns:
-        kind = _plain(schema.field(name).type)
-        if not (_is_numeric(kind) or _is_text(kind) or _is_list_of_numbers(kind)):
-            raise DataError(
-                f"column {name!r} of {path} is {schema.field(name).type}, of which no tensor can be made: leave it out "
-                f"(columns=[...]), or give decode=, a function of one row that makes the sample"
-            )
-
-
-def _missing(column: str, count: int, where: str) -> DataError:
-    what = "1 value is" if count == 1 else f"{count} values are"
-    return DataError(
-        f"column {column!r} of {where}: {what} missing (null). Fill them in the file, leave the column out (columns=[...]), "
-        f"give like=, Columns with a fill, or decode=, which is given None there"
-    )
 
 
 def _window(sizes: list[int]) -> int:
     # As many as fit whichever they are: the largest first.
     fit = bisect.bisect_right(list(itertools.accumulate(sorted(sizes, reverse=True))), WINDOW_BYTES)
     return max(1, fit)
-
-
-def _array(column: Any) -> Any:
-    # One array of plain values of a column, which may be in parts, dictionary-encoded or of an extension type.
-    types, pyarrow = _pyarrow("types"), _pyarrow()
-    if types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if column.num_chunks == 1:
-        array = column.chunk(0)
-    else:
-        if types.is_string(column.type):  # in one array, these hold 2 GB
-            column = column.cast(pyarrow.large_string())
-        elif types.is_binary(column.type):
-            column = column.cast(pyarrow.large_binary())
-        array = column.combine_chunks()
-    return array.storage if isinstance(array, pyarrow.ExtensionArray) else array
-
-
-def _column(array: Any, name: str, where: str) -> Tensor | _Objects:
-    if array.null_count:
-        raise _missing(name, array.null_count, where)
-    if _is_numeric(array.type):
-        return _tensor(array, name, where)
-    if _is_list_of_numbers(array.type) and array.flatten().null_count:
-        raise _missing(name, array.flatten().null_count, where)
-    return _objects(array, name, where)
-
-
-def _objects(array: Any, name: str, where: str) -> _Objects:
-    types = _pyarrow("types")
-    if _is_list_of_numbers(array.type) or (types.is_fixed_size_list(array.type) and _is_numeric(array.type)):
-
-        def numbers(item: Any) -> Tensor | None:
-            values = item.values
-            return None if values is None else _tensor(values, name, where).clone()
-
-        return _Objects(array, numbers)
-    return _Objects(array, operator.methodcaller("as_py"))
-
-
-def _tensor(array: Any, name: str, where: str) -> Tensor:
-    # Of numbers, without a copy where Arrow and torch store them alike; what is given out are copies.
-    pyarrow, types = _pyarrow(), _pyarrow("types")
-    kind = array.type
-    if array.null_count:
-        raise _missing(name, array.null_count, where)
-    if types.is_fixed_size_list(kind):
-        flat = _tensor(array.flatten(), name, where)
-        return flat.reshape(len(array), kind.list_size, *flat.shape[1:])
-    if types.is_boolean(kind):
-        return from_dlpack(array.cast(pyarrow.uint8())).bool()
-    if types.is_temporal(kind):
-        return _days(array)
-    if types.is_decimal(kind):
-        return from_dlpack(array.cast(pyarrow.float64()))
-    if str(kind) in _SIGNED:
-        try:
-            array = array.cast(_SIGNED[str(kind)])
-        except pyarrow.ArrowInvalid as error:
-            raise DataError(f"column {name!r} of {where}: {kind} values beyond those of int64: {error}") from error
-    return from_dlpack(array)
-
-
-def _days(array: Any) -> Tensor:
-    pyarrow, types = _pyarrow(), _pyarrow("types")
-    kind = array.type
-    if types.is_date32(kind):
-        return from_dlpack(array.cast(pyarrow.int32())).double()
-    count = array.cast(pyarrow.int32() if types.is_time32(kind) else pyarrow.int64())
-    return from_dlpack(count).double() / _PER_DAY["ms" if types.is_date64(kind) else kind.unit]
-
-
-def _is_numeric(kind: Any) -> bool:
-    types = _pyarrow("types")
-    if types.is_fixed_size_list(kind):
-        return _is_numeric(kind.value_type)
-    times = types.is_temporal(kind) and not types.is_interval(kind)
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind) or times)
-
-
-def _is_text(kind: Any) -> bool:
-    types = _pyarrow("types")
-    texts = (types.is_string, types.is_large_string, types.is_string_view)
-    binaries = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
-    return any(test(kind) for test in texts + binaries)
-
-
-def _is_list_of_numbers(kind: Any) -> bool:
-    types = _pyarrow("types")
-    return (types.is_list(kind) or types.is_large_list(kind)) and _is_numeric(kind.value_type)
-
-
-def _plain(kind: Any) -> Any:
-    if _pyarrow("types").is_dictionary(kind):
-        return kind.value_type
-    return kind.storage_type if isinstance(kind, _pyarrow().BaseExtensionType) else kind
 
 
 def _taken(group: Any, rows: Tensor) -> Any:
@@ -685,7 +327,3 @@ def _rows(batch: Any) -> list[Any]:
         rows = zip(*map(_rows, batch), strict=True)
         return [type(batch)(*row) for row in rows] if hasattr(batch, "_fields") else list(rows)
     return list(batch)
-
-
-def _pyarrow(module: str = "") -> Any:
-    return require(f"pyarrow.{module}" if module else "pyarrow", "tables", "reading a table")

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 import axontrain as ax
-from axontrain.data import tables
+from axontrain.data import table_columns, table_files, tables
 from axontrain.data.blocks import order_in_blocks
 from axontrain.data.frames import Columns
 from axontrain.data.tables import TableDataset
@@ -390,12 +390,12 @@ def test_what_an_arrow_file_says_of_its_batches(tmp_path, batches, compression):
             places = pa.array([None if value is None else 0 for value in values], pa.int8())
             codes = pa.DictionaryArray.from_arrays(places, ["a"])
             file.write_batch(pa.record_batch([values, empty, codes, values], schema=schema))
-    headers = list(tables._headers(path))
+    headers = list(table_files.headers(path))
     nulls = [sum(value is None for value in values) for values in batches]
     assert [header.rows for header in headers] == [len(values) for values in batches]
     assert all(header.compressed == (compression is not None) for header in headers)
     columns = ["y", "x", "code"]
-    assert tables._Arrow(path).nulls(columns) == (dict.fromkeys(columns, sum(nulls)) if sum(nulls) else {})
+    assert table_files.ArrowFile(path).nulls(columns) == (dict.fromkeys(columns, sum(nulls)) if sum(nulls) else {})
     data = TableDataset(path, columns=columns, decode=lambda row: row["y"])
     assert [data[index] for index in range(len(data))] == [value for values in batches for value in values]
 
@@ -525,7 +525,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 def test_columns_in_parts_are_put_together(values):
     # Parquet gives those of more than 2 GB of text in parts.
     parts = pa.chunked_array([values[:2], values[2:]], pa.array(values).type)
-    column = tables._column(tables._array(parts), "x", "a row group")
+    column = table_columns.column_of(table_columns.whole_array(parts), "x", "a row group")
     got = [value.tolist() if isinstance(value, torch.Tensor) else value for value in (column[0], column[1], column[2])]
     assert got == values
 
