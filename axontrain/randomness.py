@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +67,6 @@ class Snapshot(NamedTuple):
     numpy: Any
     cuda: list[Tensor] | None
 
-    def moved(self) -> bool:
-        """Whether anything was drawn from them since."""
-        now = snapshot()
-        if not torch.equal(self.torch, now.torch) or self.python != now.python:
-            return True
-        if self.numpy is not None and now.numpy is not None:
-            # The position first: it tells of most draws, and the words change only once in 624.
-            same = self.numpy[2:] == now.numpy[2:] and bool((self.numpy[1] == now.numpy[1]).all())
-            if not same:
-                return True
-        elif now.numpy is not None:
-            return False  # imported meanwhile: what it drew, if anything, cannot be told
-        return self.cuda is not None and not all(map(torch.equal, self.cuda, now.cuda or []))
-
 
 def snapshot() -> Snapshot:
     """Take the state of the global generators."""
@@ -107,14 +93,62 @@ def put_back(state: Snapshot) -> None:
 
 def seed_all(seed: int) -> None:
     """Seed every global generator."""
+    for seed_one in _SEED.values():
+        seed_one(seed)
+
+
+def seed_some(names: Iterable[str], seed: int) -> None:
+    """Seed some of the global generators: of GENERATORS."""
+    for name in names:
+        _SEED[name](seed)
+
+
+def drawn_since(seed: int, names: Iterable[str]) -> set[str]:
+    """Which of the named generators were drawn from since they were seeded with ``seed``. They are anywhere afterwards.
+
+    One more draw tells it, compared with the first after seeding: twenty times quicker than comparing whole states.
+
+    >>> with seeded(7):
+    ...     drawn = random.random()
+    ...     drawn_since(7, GENERATORS)
+    {'python'}
+    """
+    drawn = set()
+    for name in names:
+        draw = _DRAW[name]
+        following = draw()
+        _SEED[name](seed)
+        if draw() != following:
+            drawn.add(name)
+    return drawn
+
+
+def _seed_torch(seed: int) -> None:
     # Not torch.manual_seed: for devices that are not in use it queues the call, with a traceback, each time anew.
     torch.default_generator.manual_seed(seed)
     if _cuda_in_use():
         torch.cuda.manual_seed_all(seed)
-    random.seed(seed)
+
+
+def _draw_torch() -> Any:
+    # What was drawn on a GPU is not looked for there: that would wait for it. It counts as drawn.
+    return object() if _cuda_in_use() else torch.randint(2**62, ()).item()
+
+
+def _seed_numpy(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
+
+
+def _draw_numpy() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.random_sample()
+
+
+_SEED: dict[str, Callable[[int], None]] = {"torch": _seed_torch, "python": random.seed, "numpy": _seed_numpy}
+_DRAW: dict[str, Callable[[], Any]] = {"torch": _draw_torch, "python": random.random, "numpy": _draw_numpy}
+GENERATORS = tuple(_SEED)
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ class ArrayDataset:
         DataError: if there is no array, lengths differ, or an array is not numeric.
     """
 
+    pure = True  # gathering draws nothing and runs nobody's code
+
     def __init__(self, *arrays: Any) -> None:
         found: list[tuple[str | int, Any]] = []
         self._structure = _taken(arrays[0] if len(arrays) == 1 else arrays, (), found)
@@ -119,6 +121,11 @@ class ArrayDataset:
         data = cls(columns.encode(frame, targets=targets is not False))
         data.columns = columns
         return data
+
+    @property
+    def bare(self) -> bool:
+        """Whether a batch is a single tensor."""
+        return self._structure is None
 
     @property
     def flat(self) -> bool:

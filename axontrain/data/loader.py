@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.blocks import BlockOrder, order_in_blocks
@@ -20,6 +21,7 @@ from axontrain.data.order import order
 from axontrain.data.permutation import Permutation
 from axontrain.data.protocol import Dataset, checked, is_iterable_only
 from axontrain.data.samplers import Foreign, as_rows, gives_batches, gives_indices, is_sampler, within
+from axontrain.data.splitting import Subset
 from axontrain.data.workers import Workers, checked_method
 from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
 from axontrain.randomness import kept
@@ -27,6 +29,8 @@ from axontrain.randomness import kept
 # Gathering this much at once and cutting it into views is faster than gathering each batch: the call costs more than
 # the copy for small batches, and a chunk stays within a core's cache. Larger ones were slower.
 CHUNK_BYTES = 512 * 1024
+# Batches of so much or more are gathered each by itself: cutting would cost more than the calls that it spares.
+ALONE_BYTES = 128 * 1024
 # Indices that are looked up at once, of orders that are computed.
 CHUNK_ROWS = 16384
 
@@ -149,7 +153,10 @@ class Loader:
     @property
     def uniform(self) -> bool:
         """Whether all batches have one structure and trailing shape by construction."""
-        return isinstance(self.dataset, ArrayDataset) and self.collate is None and self.transform is None
+        return self._uniform(as_arrays(self.dataset))
+
+    def _uniform(self, data: Any) -> bool:
+        return isinstance(data, ArrayDataset) and self.collate is None and self.transform is None
 
     @property
     def looks_ahead(self) -> bool:
@@ -183,8 +190,9 @@ class Loader:
         if self.source is not None:
             return itertools.islice(self._streamed(seed, epoch, start, share), _count(start, stop))
         self._check_size()
-        if self.workers == 0 and self.uniform and share == (0, 1) and self._order_is_sliced():
-            return self._sliced(seed, epoch, start, stop)
+        quick = as_arrays(self.dataset)
+        if self.workers == 0 and self._uniform(quick) and share == (0, 1) and self._order_is_sliced():
+            return self._sliced(quick, seed, epoch, start, stop)
         return self._made(self._tasks(seed, epoch, start, stop, share, step), pin_memory)
 
     def close(self) -> None:
@@ -205,33 +213,49 @@ class Loader:
         )  # fmt: skip
         return ours == theirs
 
-    def _sliced(self, seed: int, epoch: int, start: int, stop: int | None) -> Iterator[Any]:
-        data: ArrayDataset = self.dataset
+    def _sliced(self, data: ArrayDataset, seed: int, epoch: int, start: int, stop: int | None) -> Iterator[Any]:
         size, end = self._batch_size(), self._end(stop)
         indices = self._indices(seed, epoch)
         if isinstance(indices, Tensor):
             indices = indices.to(data.tensors[0].device)
-        chunk = size * max(1, CHUNK_BYTES // max(1, size * data.bytes_per_sample()))
-        for first in range(start * size, end, chunk):
-            last = min(first + chunk, end)
-            if indices is None:
-                rows = tuple(tensor[first:last].clone() for tensor in data.tensors)
+        in_bytes = size * data.bytes_per_sample()
+        chunk = size * (1 if in_bytes >= ALONE_BYTES else max(1, CHUNK_BYTES // max(1, in_bytes)))
+        tensors, bare, flat, alone = data.tensors, data.bare, data.flat, chunk == size
+        for place in self._chunks(indices, start * size, end, chunk):
+            if isinstance(place, slice):
+                rows = tuple([tensor[place].clone() for tensor in tensors])
             else:
-                rows = data._gathered(indices[first:last])
-            parts = zip(*(torch.split(tensor, size) for tensor in rows), strict=True)
-            if data.flat:
-                yield from parts
+                try:
+                    rows = tuple([tensor.index_select(0, place) for tensor in tensors])
+                except (IndexError, RuntimeError):
+                    data.gather(place)  # says which index it was
+                    raise
+            if alone:
+                yield rows[0] if bare else rows if flat else data.assemble(rows)
+            elif bare:
+                yield from torch.split(rows[0], size)
             else:
-                for part in parts:
-                    yield data.assemble(part)
+                parts = zip(*[torch.split(tensor, size) for tensor in rows], strict=True)
+                yield from parts if flat else map(data.assemble, parts)
+
+    @staticmethod
+    def _chunks(indices: Any, first: int, end: int, size: int) -> Iterator[Tensor | slice]:
+        """The places from ``first`` to before ``end``, so many at once: slices where the order is the dataset's own."""
+        if isinstance(indices, Tensor):
+            yield from torch.split(indices[first:end], size) if first < end else ()
+            return
+        for one in range(first, end, size):
+            place = slice(one, min(one + size, end))
+            yield place if indices is None else indices[place]
 
     def _made(self, tasks: Iterator[Task], pin_memory: bool | None) -> Iterator[Any]:
         if self.workers:
             yield from self._pool(self.pin_memory if pin_memory is None else pin_memory).run(tasks)
             return
         maker = self._made_by()
+        between = contextlib.nullcontext if maker.pure else kept
         for task in tasks:
-            with kept():
+            with between():
                 batch = maker(task)
             yield batch
 
@@ -322,8 +346,10 @@ class Loader:
 
     def _made_by(self) -> Maker | MixtureMaker:
         if self._held.maker is None:
-            made = self.dataset.maker if isinstance(self.dataset, Mixture) else functools.partial(Maker, self.dataset)
-            self._held.maker = made(self.collate, self.transform)
+            if isinstance(self.dataset, Mixture):
+                self._held.maker = self.dataset.maker(self.collate, self.transform)
+            else:
+                self._held.maker = Maker(as_arrays(self.dataset), self.collate, self.transform)
         return self._held.maker
 
     def _pool(self, pin_memory: bool) -> Workers:
@@ -389,6 +415,17 @@ class Loader:
             told = "batches of "
         how = f"{', shuffled' if self.shuffle else ''}{f', {self.workers} workers' if self.workers else ''}"
         return f"Loader({told}{self.batch_size or 'its batch_sampler'}{how})"
+
+
+def as_arrays(dataset: Any) -> Any:
+    """A dataset of torch's own that holds tensors, as what gathers them a batch at a time; any other as it is."""
+    if type(dataset) is TensorDataset and not any(tensor.requires_grad for tensor in dataset.tensors):
+        with contextlib.suppress(DataError):  # of a type that torch gathers no rows of
+            return ArrayDataset(tuple(dataset.tensors))
+    if type(dataset) is torch.utils.data.Subset:
+        whole = as_arrays(dataset.dataset)
+        return dataset if whole is dataset.dataset else Subset(whole, dataset.indices)
+    return dataset
 
 
 def _part(size: int, share: tuple[int, int]) -> tuple[int, int]:

@@ -8,13 +8,14 @@ shares put together are the batch; only what draws for a whole batch has to be d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from axontrain.data.collate import collate as default
 from axontrain.data.structure import cut
-from axontrain.randomness import Snapshot, derive, seed_all, snapshot
+from axontrain.randomness import GENERATORS, derive, drawn_since, seed_all, seed_some
 
 
 class Task(NamedTuple):
@@ -57,8 +58,13 @@ class Maker:
         gather = getattr(data, "gather", None) if collate is None else None
         self.gather = callable(gather)
         self.many = callable(getattr(data, "__getitems__", None))
-        self.samples_draw: bool | None = None  # not known before the first
+        self.drawers: set[str] | None = None  # the generators that samples draw from; not known before the first batch
         self.batches_draw = False
+
+    @property
+    def pure(self) -> bool:
+        """Whether no code of a user's runs, so that nothing can be drawn."""
+        return self.gather and self.transform is None and bool(getattr(self.data, "pure", False))
 
     def __call__(self, task: Task) -> Any:
         """Make the batch."""
@@ -85,58 +91,72 @@ class Maker:
         if task.first == task.last:  # fewer samples than ranks: nothing, in the structure that something would have
             return cut(self._batch(task._replace(first=0, last=1), None), 0, 0, 1)
         if not self.batches_draw:
-            moved: list[bool] = []
-            batch = self._batch(task, moved)
-            if not any(moved):
+            drawn: set[str] = set()
+            batch = self._batch(task, drawn)
+            if not drawn:
                 return batch
             self.batches_draw = True
         return cut(self._batch(whole, None), task.first, task.last, size)
 
-    def _batch(self, task: Task, moved: list[bool] | None) -> Any:
-        """Make a batch; into ``moved`` goes whether anything was drawn for it as a whole."""
+    def _batch(self, task: Task, drawn: set[str] | None) -> Any:
+        """Make a batch; into ``drawn``, if it is wanted, goes what was drawn from for the batch as a whole."""
         rows = task.rows[task.first : task.last]
+        if self.pure:
+            return self.data.gather(torch.tensor(rows, dtype=torch.int64))
         state = task.state
         if self.gather or self.many:
             seed_all(state)
-            before = None if moved is None else snapshot()
             made = self.data.gather(torch.tensor(rows, dtype=torch.int64)) if self.gather else self.data.__getitems__(rows)
-            _note(before, moved)
+            if drawn is not None:
+                drawn |= drawn_since(state, GENERATORS)
+            if self.gather and self.transform is None:
+                return made
         else:
             made = self._samples(rows, state, task.first)
-        if self.gather and self.transform is None:
-            return made
-        seed_all(derive(state, "batch"))
-        before = None if moved is None else snapshot()
+        state = derive(state, "batch")
+        seed_all(state)
         if not self.gather:
             made = (self.collate or default)(made)
         if self.transform is not None:
             made = self.transform(made)
-        _note(before, moved)
+        if drawn is not None:
+            drawn |= drawn_since(state, GENERATORS)
         return made
 
     def _samples(self, rows: list[int], state: int, first: int) -> list[Any]:
-        """Make samples one by one. Each state costs microseconds, so it is not set where nobody draws, as far as was seen."""
-        if self.samples_draw is False:
-            seed_all(state)
-            seeded = snapshot()
-            samples = self._each(rows, None)
-            if not seeded.moved():
+        """Make samples one by one, each in a state of its own.
+
+        That costs microseconds a sample, so only those generators are seeded for each that samples were seen to draw from; the
+        others are for the batch, and are looked at after it.
+        """
+        if self.drawers is None:
+            self.drawers, samples = self._first(rows, state, first)
+            return samples
+        others = [name for name in GENERATORS if name not in self.drawers]
+        while True:
+            seed_some(others, state)
+            samples = self._each(rows, partial(self._seed, state, first) if self.drawers else None)
+            drawn = drawn_since(state, others)
+            if not drawn:
                 return samples
-            self.samples_draw = True  # after all: once more, in the states that they should have had
-        if self.samples_draw:
-            return self._each(rows, lambda place: seed_all(derive(state, first + place)))
-        draws = False
-        before: Snapshot | None = None
+            # After all: once more, in the states that these samples should have had.
+            self.drawers |= drawn
+            others = [name for name in others if name not in drawn]
+
+    def _first(self, rows: list[int], state: int, first: int) -> tuple[set[str], list[Any]]:
+        """Make the first samples, and see which generators they draw from."""
+        drawn: set[str] = set()
 
         def look(place: int) -> None:
-            nonlocal draws, before
-            draws = draws or (before is not None and before.moved())
+            if place:
+                drawn.update(drawn_since(derive(state, first + place - 1), GENERATORS))
             seed_all(derive(state, first + place))
-            before = None if draws else snapshot()
 
         samples = self._each(rows, look)
-        self.samples_draw = draws or (before is not None and before.moved())
-        return samples
+        return drawn | drawn_since(derive(state, first + len(rows) - 1), GENERATORS), samples
+
+    def _seed(self, state: int, first: int, place: int) -> None:
+        seed_some(self.drawers or (), derive(state, first + place))
 
     def _each(self, rows: list[int], before_each: Callable[[int], None] | None) -> list[Any]:
         data = self.data
@@ -150,8 +170,3 @@ class Maker:
             error.add_note(f"in the sample at index {rows[len(samples)]}")
             raise
         return samples
-
-
-def _note(before: Snapshot | None, moved: list[bool] | None) -> None:
-    if before is not None and moved is not None:
-        moved.append(before.moved())

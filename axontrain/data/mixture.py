@@ -188,6 +188,7 @@ class MixtureMaker:
 
     def __init__(self, mixture: Mixture, makers: dict[str, Maker]) -> None:
         self.mixture, self.makers = mixture, makers
+        self.pure = all(maker.pure for maker in makers.values())
 
     def __call__(self, task: Task) -> TaskBatch:
         """Make the batch."""

@@ -31,6 +31,7 @@ class Subset:
         # As fast as the dataset is: what it has not got, this has not got either.
         if callable(getattr(dataset, "gather", None)):
             self.gather = self._gather
+        self.pure = bool(getattr(dataset, "pure", False))
         if callable(getattr(dataset, "__getitems__", None)):
             self.__getitems__ = self._getitems
         blocks = getattr(dataset, "blocks", None)

@@ -142,6 +142,11 @@ class TableDataset:
             self.window = max(1, self.cache - 1)
         self._held: _Held | None = None
 
+    @property
+    def pure(self) -> bool:
+        """Whether nobody's code runs when it is read, so that nothing can be drawn."""
+        return self.decode is None
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Subset, TensorDataset
 
 import axontrain as ax
 from axontrain.data import loader as module
@@ -251,3 +252,31 @@ def test_a_batch_size_is_a_whole_number(size):
 
 def test_the_repr_is_short():
     assert repr(ax.Loader(list(range(10)), 4, shuffle=True)) == "Loader(3 batches of 4, shuffled)"
+
+
+# --- torch's own datasets of tensors ---------------------------------------------------------------------------------
+
+
+def test_torchs_datasets_of_tensors_are_gathered_at_once_and_left_as_they_are():
+    x, y = torch.arange(40.0).reshape(20, 2), torch.arange(20)
+    whole = TensorDataset(x, y)
+    part = Subset(whole, range(19, 4, -1))
+    for dataset, rows in ((whole, ax.order(0, 1, 20)), (part, 19 - ax.order(0, 1, 15)), (Subset(part, [3, 1]), None)):
+        before = dict(vars(dataset))
+        batches = list(ax.Loader(dataset, 6, shuffle=True).batches(0, 1))
+        assert vars(dataset) == before
+        found = torch.cat([labels for _, labels in batches])
+        assert torch.equal(torch.cat([images for images, _ in batches]), x[found])
+        assert sorted(found.tolist()) == ([16, 18] if rows is None else sorted(rows.tolist()))
+        assert rows is None or torch.equal(found, rows)
+        slow = ax.Loader(dataset, 6, shuffle=True, collate=torch.utils.data.default_collate).batches(0, 1)
+        assert all(torch.equal(a, b) for one, two in zip(batches, slow, strict=True) for a, b in zip(one, two, strict=True))
+    assert ax.Loader(whole, 6).uniform
+
+
+def test_what_torch_gathers_no_rows_of_goes_one_by_one():
+    tracked = torch.ones(6, 2, requires_grad=True)
+    (batch,) = next(iter(ax.Loader(TensorDataset(tracked), 4)))
+    assert batch.requires_grad
+    (batch,) = next(iter(ax.Loader(TensorDataset(torch.ones(6, dtype=torch.uint16)), 4)))
+    assert batch.dtype is torch.uint16
