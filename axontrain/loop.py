@@ -25,7 +25,7 @@ from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.data.structure import joined, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
-from axontrain.execution.notes import noted
+from axontrain.execution.notes import noted, reading
 from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
 from axontrain.execution.steps import Runner, check_eval, runner
 from axontrain.metrics.meter import Meter
@@ -273,7 +273,7 @@ class Loop:
         meter = Meter(self._eval_metrics) if run is None else run.meter
         meter.reset()
         with self._evaluating(objective):
-            for index, batch in enumerate(stream.batches(self.state.seed, 0)):
+            for index, batch in enumerate(reading(stream.batches(self.state.seed, 0), "in evaluation")):
                 with noted(f"in evaluation, batch {index}", batch, objective):
                     step = objective.eval_step(batch)
                 if index == 0:
@@ -318,7 +318,7 @@ class Loop:
                     if rng is not None:
                         randomness.restore(rng)
                     if batches is None:
-                        batches = iter(stream.batches(self.state.seed, 0))
+                        batches = reading(stream.batches(self.state.seed, 0), "in prediction")
                     batch = next(batches, END)
                     if batch is END:
                         break
@@ -461,7 +461,10 @@ class Loop:
             state.meter.reset()
         plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
         plan.start_index = state.batch_index
-        state.epoch_length, state.plan, state.validates = stream.length, plan, validating is not None
+        as_long = same and (self._last_stream is None or self._last_stream.limit == limit)
+        if stream.length is not None or not as_long:  # what has no length keeps the one that its last pass had
+            state.epoch_length = stream.length
+        state.plan, state.validates = plan, validating is not None
         self._last_stream = stream
         state.attach("data", stream, replace=True)
         self._attach_callbacks()

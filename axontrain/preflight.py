@@ -143,7 +143,7 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
 
 def _one_sample_left(objective: nn.Module, stream: Stream, report: Report) -> None:
     loader = stream.loader
-    if loader is None or loader.source is not None or loader.drop_last or loader.batch_size in (None, 1):
+    if loader is None or loader.iterable or loader.drop_last or loader.batch_size in (None, 1):
         return
     if len(loader.dataset) % loader.batch_size != 1:
         return

@@ -219,6 +219,7 @@ class LoopState:
                 "step": self.step,
                 "samples": self.samples,
                 "batch_index": self.batch_index,
+                "epoch_length": self.epoch_length,
                 "elapsed": self.elapsed,
                 "seed": self.seed,
             },
@@ -251,6 +252,7 @@ class LoopState:
         counters = state["counters"]
         self.epoch, self.step = counters["epoch"], counters["step"]
         self.samples, self.batch_index = counters["samples"], counters["batch_index"]
+        self.epoch_length = counters.get("epoch_length")
         self._trained, self.seed = counters["elapsed"], counters["seed"]
         self.values, self.history.rows = state["values"], state["history"]
         self.rng = state["rng"]

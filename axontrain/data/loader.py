@@ -109,13 +109,10 @@ class Loader:
         reject(others, Loader.__init__)
         if isinstance(sampler, torch.utils.data.BatchSampler) and batch_sampler is None:
             sampler, batch_sampler = None, sampler
-        self.source: Source | None = None
-        if is_iterable_only(dataset):
+        self.iterable = is_iterable_only(dataset)
+        if self.iterable:
             self._check_iterable(dataset, shuffle, sampler, batch_sampler, workers)
-            self.dataset: Any = dataset
-            self.source = Source(dataset, "the dataset")
-        else:
-            self.dataset = checked(dataset)
+        self.dataset: Any = dataset if self.iterable else checked(dataset)
         without = batch_size is None and batch_sampler is not None
         self.batch_size = None if without else whole("batch_size", batch_size)
         self.shuffle, self.drop_last = shuffle, drop_last
@@ -158,11 +155,6 @@ class Loader:
     def _uniform(self, data: Any) -> bool:
         return isinstance(data, ArrayDataset) and self.collate is None and self.transform is None
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether a batch may be read before the one ahead of it was trained on: not of an iterable."""
-        return self.source is None
-
     def batches(
         self,
         seed: int,
@@ -173,6 +165,7 @@ class Loader:
         share: tuple[int, int] = (0, 1),
         step: int | None = None,
         pin_memory: bool | None = None,
+        source: Source | None = None,
     ) -> Iterator[Any]:
         """The batches of one epoch from index ``start`` on, to before ``stop``.
 
@@ -186,9 +179,11 @@ class Loader:
             step: the run's step at the epoch's beginning, for a :class:`~axontrain.data.Mixture` that chooses by it; unless
                 given, ``epoch`` times the length of a pass.
             pin_memory: in place of the Loader's own.
+            source: who reads an iterable, and knows how far; unless given, it is read from its beginning.
         """
-        if self.source is not None:
-            return itertools.islice(self._streamed(seed, epoch, start, share), _count(start, stop))
+        if self.iterable:
+            read = Source(self.dataset, "the dataset") if source is None else source
+            return itertools.islice(self._streamed(read, seed, epoch, start, share), _count(start, stop))
         self._check_size()
         quick = as_arrays(self.dataset)
         if self.workers == 0 and self._uniform(quick) and share == (0, 1) and self._order_is_sliced():
@@ -205,8 +200,8 @@ class Loader:
         """Whether another Loader cuts data of this length into batches in the same way."""
         ours, theirs = (
             (
-                type(one.dataset) if one.source is None else id(one.dataset),
-                len(one.dataset) if one.source is None else None,
+                id(one.dataset) if one.iterable else type(one.dataset),
+                None if one.iterable else len(one.dataset),
                 one.batch_size, one.shuffle, one.drop_last, id(one.sampler), id(one.batch_sampler), one.seed,
             )
             for one in (self, other)
@@ -259,10 +254,9 @@ class Loader:
                 batch = maker(task)
             yield batch
 
-    def _streamed(self, seed: int, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Any]:
-        assert self.source is not None
+    def _streamed(self, source: Source, seed: int, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Any]:
         maker, size = Maker(None, self.collate, self.transform), self._batch_size()
-        for index, samples in enumerate(self.source.read(seed, epoch, start, size), start):
+        for index, samples in enumerate(source.read(seed, epoch, start, size), start):
             if len(samples) < size and self.drop_last:
                 return
             task = Task(seed, epoch, index, list(range(len(samples))), *_part(len(samples), share))

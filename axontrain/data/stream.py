@@ -66,7 +66,9 @@ class Stream:
             self.strict, self.source = strict, Source(data, name)
         else:
             own = self.loader.strict
-            self.strict, self.source = (strict if own is None else own) and not self.loader.uniform, self.loader.source
+            self.strict = (strict if own is None else own) and not self.loader.uniform
+            # Of its own, for somebody else may read through the same Loader.
+            self.source = Source(self.loader.dataset, name) if self.loader.iterable else None
         self._first: dict[str | None, list[str]] = {}  # by task
 
     @property
@@ -77,7 +79,7 @@ class Stream:
     @property
     def of_one_task(self) -> bool:
         """Whether no batch can be of a task: all a dataset gives, unless it is a Mixture."""
-        return self.loader is not None and self.loader.source is None and not isinstance(self.loader.dataset, Mixture)
+        return self.loader is not None and not self.loader.iterable and not isinstance(self.loader.dataset, Mixture)
 
     @property
     def length(self) -> int | None:
@@ -100,7 +102,7 @@ class Stream:
         if self.loader is not None:
             own = seed if self.loader.seed is None else self.loader.seed
             pin = True if cuda else None
-            batches = self.loader.batches(own, epoch, start, self.limit, step=step, pin_memory=pin)
+            batches = self.loader.batches(own, epoch, start, self.limit, step=step, pin_memory=pin, source=self.source)
         else:
             assert self.source is not None  # what is no Loader is read by a Source
             batches = self.source.read(seed, epoch, start)
@@ -110,17 +112,20 @@ class Stream:
             batches = self._checked(batches, epoch, start)
         if self.device is None or self.device.type == "cpu":
             return batches
-        if cuda and self.loader is not None and self.loader.looks_ahead:
+        if cuda and self.loader is not None and not self.loader.iterable:
             return ahead(batches, self.device)
         return map(functools.partial(to_device, device=self.device), batches)
 
     def goes_on_from(self, other: Stream) -> bool:
         """Take over how far ``other`` has read the same data; False if the batches are not the same as there."""
         if self.source is not None and other.source is not None:
-            if self.source.data is not other.source.data or not self._cut_as(other):
+            if self.source.data is other.source.data and self._cut_as(other):
+                self.source.goes_on_from(other.source)
+                self._first = other._first
+            elif other.source.restored is not None:  # and not read since: the same data, as after a restart
+                self.source.load_state_dict(other.source.restored)
+            else:
                 return False
-            self.source.goes_on_from(other.source)
-            self._first = other._first
             return True
         return self.loader is not None and other.loader is not None and self.loader.same_batches(other.loader)
 
@@ -145,7 +150,7 @@ class Stream:
 
     def empty(self) -> EmptyDataError:
         """The error for a pass that gave no batch."""
-        if self.loader is not None and self.loader.source is None:
+        if self.loader is not None and not self.loader.iterable:
             rest = len(self.loader.dataset)
             why = f"{rest} samples, batch_size={self.loader.batch_size}, drop_last={self.loader.drop_last}"
         elif self.source is not None and self.source.once:

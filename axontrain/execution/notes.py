@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,19 @@ def noted(where: str, batch: Any, module: nn.Module) -> Iterator[None]:
     except Exception as error:
         note(error, where, batch, module)
         raise
+
+
+def reading(batches: Iterator[Any], where: str) -> Iterator[Any]:
+    """The same batches; an error in reading one says where it was."""
+    for index in itertools.count():
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:
+            error.add_note(f"{where}, reading batch {index}")
+            raise
+        yield batch
 
 
 def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:

@@ -75,6 +75,8 @@ class Run:
             self.batch = None
         if state.batch_index == 0:
             raise self.train.empty()
+        if state.step == self.plan.start_step and state.batch_index == self.plan.start_index:
+            self.plan.start_epoch += 1  # nothing was left of the epoch that the last fit ended in: it is none of this one
         self.exhausted = True
         state.epoch_length = state.batch_index  # data of no known length has one now
 
@@ -89,7 +91,7 @@ class Run:
     def epoch_is_over(self) -> bool:
         """Whether the present epoch counts as completed: its batches are through, or a hook ended it."""
         state = self.state
-        through = state.epoch_length is not None and state.batch_index >= state.epoch_length
+        through = state.batch_index == state.epoch_length  # not beyond it: data of no known length may give more than before
         return self.exhausted or through or isinstance(state.request, StopEpoch)
 
     def interrupted(self) -> bool:
