@@ -3,11 +3,13 @@
 Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loop` with an :class:`Optimizer`, and ``fit``.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from axontrain import data, metrics, schedules
 from axontrain.callback import Callback
 from axontrain.callbacks import EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
 from axontrain.clock import Duration, Every
-from axontrain.data import ArrayDataset, Columns, Dataset, Loader, Mixture, TableDataset, order, split
+from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
 from axontrain.errors import (
     AxonError,
     AxonWarning,
@@ -34,6 +36,9 @@ from axontrain.objective import Objective, Step, Supervised, TaskBatch
 from axontrain.optimizer import Optimizer
 from axontrain.preflight import Report
 from axontrain.state import History, LoopState, Result, Stop, StopEpoch
+
+if TYPE_CHECKING:
+    from axontrain.data import Columns, TableDataset
 
 __version__ = "0.1.0"
 
@@ -88,3 +93,13 @@ __all__ = [
     "schedules",
     "split",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Columns", "TableDataset"):  # imported when used
+        return getattr(data, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

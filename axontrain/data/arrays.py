@@ -7,13 +7,15 @@ import dataclasses
 import mmap
 from collections.abc import Iterator, Mapping
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from axontrain.data.frames import Columns, Spec
 from axontrain.errors import ConfigurationError, DataError, OutOfRangeError, kind_of
+
+if TYPE_CHECKING:
+    from axontrain.data.frames import Columns, Spec
 
 
 class ArrayDataset:
@@ -101,6 +103,8 @@ class ArrayDataset:
             ConfigurationError: for arguments that cannot work, or that stand beside ``like``.
             DataError: for a column that is missing or of a type that cannot be encoded, for nulls and unseen values.
         """
+        from axontrain.data.frames import Columns  # here, for only those who have frames need it
+
         if like is None:
             if isinstance(targets, bool):
                 raise ConfigurationError(f"from_frame(targets={targets}) goes with like=: leave it out for no targets")
