@@ -127,6 +127,11 @@ class ArrayDataset:
         return data
 
     @property
+    def on_one_device(self) -> bool:
+        """Whether all arrays are on one device."""
+        return len({tensor.device for tensor in self.tensors}) == 1
+
+    @property
     def bare(self) -> bool:
         """Whether a batch is a single tensor."""
         return self._structure is None

@@ -13,14 +13,12 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from axontrain.data.arrays import ArrayDataset
-from axontrain.data.blocks import BlockOrder, order_in_blocks
 from axontrain.data.iterables import Source
 from axontrain.data.making import Maker, Task
 from axontrain.data.mixture import Mixture, MixtureMaker
-from axontrain.data.order import order
-from axontrain.data.permutation import Permutation
 from axontrain.data.protocol import Dataset, checked, is_iterable_only
-from axontrain.data.samplers import Foreign, as_rows, gives_batches, gives_indices, is_sampler, within
+from axontrain.data.rows import Rows
+from axontrain.data.samplers import gives_batches
 from axontrain.data.splitting import Subset
 from axontrain.data.workers import Workers, checked_method
 from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
@@ -31,8 +29,6 @@ from axontrain.randomness import kept
 CHUNK_BYTES = 512 * 1024
 # Batches of so much or more are gathered each by itself: cutting would cost more than the calls that it spares.
 ALONE_BYTES = 128 * 1024
-# Indices that are looked up at once, of orders that are computed.
-CHUNK_ROWS = 16384
 
 
 @dataclass
@@ -117,9 +113,7 @@ class Loader:
         self.batch_size = None if without else whole("batch_size", batch_size)
         self.shuffle, self.drop_last = shuffle, drop_last
         self.sampler, self.batch_sampler = sampler, batch_sampler
-        for name, one in (("sampler", sampler), ("batch_sampler", batch_sampler)):
-            if one is not None:
-                self._check_sampler(name, one)
+        self._rows().check()
         self.workers = whole("workers", workers, 0)
         self.transform, self.collate = transform, collate
         self.seed, self.strict = seed, strict
@@ -134,14 +128,7 @@ class Loader:
         self._held = _Held()
 
     def __len__(self) -> int:
-        if self.batch_sampler is not None:
-            return len(self.batch_sampler)
-        samples = len(self.dataset if self.sampler is None else self.sampler)
-        size = self._batch_size()
-        if isinstance(self.dataset, Mixture) and self.sampler is None:
-            return self.dataset.count(size, self.drop_last)
-        batches, rest = divmod(samples, size)
-        return batches + (1 if rest and not self.drop_last else 0)
+        return len(self._rows())
 
     def __iter__(self) -> Iterator[Any]:
         epoch, self.passes = self.passes, self.passes + 1
@@ -185,10 +172,10 @@ class Loader:
             read = Source(self.dataset, "the dataset") if source is None else source
             return itertools.islice(self._streamed(read, seed, epoch, start, share), _count(start, stop))
         self._check_size()
-        quick = as_arrays(self.dataset)
-        if self.workers == 0 and self._uniform(quick) and share == (0, 1) and self._order_is_sliced():
-            return self._sliced(quick, seed, epoch, start, stop)
-        return self._made(self._tasks(seed, epoch, start, stop, share, step), pin_memory)
+        quick, rows = as_arrays(self.dataset), self._rows()
+        if self.workers == 0 and self._uniform(quick) and quick.on_one_device and share == (0, 1) and rows.sliced:
+            return self._sliced(quick, rows.order(seed, epoch), rows.end(stop), start)
+        return self._made(_tasks(rows, seed, epoch, start, stop, share, step), pin_memory)
 
     def close(self) -> None:
         """End the workers of passes that are over; another pass starts new ones."""
@@ -208,15 +195,15 @@ class Loader:
         )  # fmt: skip
         return ours == theirs
 
-    def _sliced(self, data: ArrayDataset, seed: int, epoch: int, start: int, stop: int | None) -> Iterator[Any]:
-        size, end = self._batch_size(), self._end(stop)
-        indices = self._indices(seed, epoch)
-        if isinstance(indices, Tensor):
-            indices = indices.to(data.tensors[0].device)
+    def _rows(self) -> Rows:
+        return Rows(self.dataset, self.batch_size, self.shuffle, self.drop_last, self.sampler, self.batch_sampler)
+
+    def _sliced(self, data: ArrayDataset, indices: Any, end: int, start: int) -> Iterator[Any]:
+        size, device = self._batch_size(), data.tensors[0].device
         in_bytes = size * data.bytes_per_sample()
         chunk = size * (1 if in_bytes >= ALONE_BYTES else max(1, CHUNK_BYTES // max(1, in_bytes)))
         tensors, bare, flat, alone = data.tensors, data.bare, data.flat, chunk == size
-        for place in self._chunks(indices, start * size, end, chunk):
+        for place in _chunks(indices, start * size, end, chunk, device):
             if isinstance(place, slice):
                 rows = tuple([tensor[place].clone() for tensor in tensors])
             else:
@@ -232,16 +219,6 @@ class Loader:
             else:
                 parts = zip(*[torch.split(tensor, size) for tensor in rows], strict=True)
                 yield from parts if flat else map(data.assemble, parts)
-
-    @staticmethod
-    def _chunks(indices: Any, first: int, end: int, size: int) -> Iterator[Tensor | slice]:
-        """The places from ``first`` to before ``end``, so many at once: slices where the order is the dataset's own."""
-        if isinstance(indices, Tensor):
-            yield from torch.split(indices[first:end], size) if first < end else ()
-            return
-        for one in range(first, end, size):
-            place = slice(one, min(one + size, end))
-            yield place if indices is None else indices[place]
 
     def _made(self, tasks: Iterator[Task], pin_memory: bool | None) -> Iterator[Any]:
         if self.workers:
@@ -263,76 +240,6 @@ class Loader:
             with kept():
                 batch = maker.of_samples(samples, task)
             yield batch
-
-    def _tasks(
-        self, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], step: int | None
-    ) -> Iterator[Task]:
-        for index, rows in enumerate(self._rows(seed, epoch, start, stop, step), start):
-            yield Task(seed, epoch, index, rows.tolist(), *_part(len(rows), share))
-
-    def _rows(self, seed: int, epoch: int, start: int, stop: int | None, step: int | None) -> Iterator[Tensor]:
-        """The indices of each batch."""
-        count = _count(start, stop)
-        if isinstance(self.dataset, Mixture) and self.sampler is None and self.batch_sampler is None:
-            size = self._batch_size()
-            begun = epoch * len(self) if step is None else step
-            chosen = self.dataset.rows(seed, epoch, size, shuffle=self.shuffle, drop_last=self.drop_last, step=begun)
-            yield from itertools.islice(chosen(start), count)
-        elif gives_batches(self.sampler):
-            batches = self.sampler.batches(seed, epoch, self._batch_size(), drop_last=self.drop_last)
-            yield from batches[start:stop]
-        elif self.batch_sampler is not None:
-            yield from itertools.islice(self._lists(seed, epoch, start), count)
-        elif self.sampler is not None and not gives_indices(self.sampler):
-            yield from itertools.islice(self._drawn(seed, epoch, start), count)
-        else:
-            yield from self._cut(self._indices(seed, epoch), start, stop)
-
-    def _cut(self, indices: Any, start: int, stop: int | None) -> Iterator[Tensor]:
-        size, end = self._batch_size(), self._end(stop)
-        chunk = size * max(1, CHUNK_ROWS // size)
-        for first in range(start * size, end, chunk):
-            last = min(first + chunk, end)
-            if indices is None:
-                rows = torch.arange(first, last)
-            else:
-                rows = indices.rows(first, last) if isinstance(indices, BlockOrder) else indices[first:last]
-            yield from torch.split(rows, size)
-
-    def _lists(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
-        who, size = f"the batch_sampler ({type(self.batch_sampler).__name__})", len(self.dataset)
-        for rows in itertools.islice(Foreign(self.batch_sampler, seed, epoch).items(), start, None):
-            found = as_rows(rows, who)
-            if not len(found) or (self.batch_size is not None and len(found) > self.batch_size):
-                raise DataError(f"{who} gave a batch of {len(found)}: 1 or more, and no more than batch_size={self.batch_size}")
-            yield within(found, size, who)
-
-    def _drawn(self, seed: int, epoch: int, start: int) -> Iterator[Tensor]:
-        who, size, n = f"the sampler ({type(self.sampler).__name__})", self._batch_size(), len(self.dataset)
-        drawn = itertools.islice(Foreign(self.sampler, seed, epoch).items(), start * size, None)
-        while rows := list(itertools.islice(drawn, size)):
-            if len(rows) < size and self.drop_last:
-                return
-            yield within(as_rows(rows, who), n, who)
-
-    def _indices(self, seed: int, epoch: int) -> Tensor | Permutation | Any:
-        """The order of an epoch, as what can be sliced; None for the dataset's own."""
-        if self.sampler is not None:
-            return self.sampler.indices(seed, epoch)
-        if not self.shuffle:
-            return None
-        blocks = getattr(self.dataset, "blocks", None)
-        if blocks is not None:  # read a block at a time
-            return order_in_blocks(seed, epoch, blocks, self.dataset.window)
-        return order(seed, epoch, len(self.dataset))
-
-    def _order_is_sliced(self) -> bool:
-        return self.batch_sampler is None and (self.sampler is None or gives_indices(self.sampler))
-
-    def _end(self, stop: int | None) -> int:
-        size, n = self._batch_size(), len(self.dataset if self.sampler is None else self.sampler)
-        end = n - n % size if self.drop_last else n
-        return end if stop is None else min(end, stop * size)
 
     def _batch_size(self) -> int:
         assert self.batch_size is not None  # without it there is a batch_sampler
@@ -371,24 +278,6 @@ class Loader:
                 f"pass is one of all its samples, so make a new Loader of it, and call fit again"
             )
 
-    def _check_sampler(self, name: str, sampler: Any) -> None:
-        batches = name == "batch_sampler"
-        if self.shuffle:
-            raise ConfigurationError(f"shuffle=True and {name}=: the {name} says the order by itself")
-        if batches and self.sampler is not None:
-            raise ConfigurationError("sampler= and batch_sampler=: the batch_sampler says the order by itself")
-        if batches and self.drop_last:
-            raise ConfigurationError("drop_last=True and batch_sampler=: the batch_sampler makes the batches by itself")
-        if not is_sampler(sampler) or (batches and (gives_indices(sampler) or gives_batches(sampler))):
-            what = "lists of indices" if batches else "indices"
-            raise DataError(f"{name} is {kind_of(sampler)}: it is an iterable of {what} that starts anew each epoch")
-        covers = getattr(sampler, "covers", None)
-        if covers is not None and covers != len(self.dataset):
-            raise DataError(
-                f"{type(sampler).__name__} was made of {covers} values and the dataset has {len(self.dataset)} samples: "
-                f"it needs one for each"
-            )
-
     @staticmethod
     def _check_iterable(dataset: Any, shuffle: bool, sampler: Any, batch_sampler: Any, workers: int) -> None:
         named = {"shuffle": shuffle, "sampler": sampler, "batch_sampler": batch_sampler, "workers": workers}
@@ -409,6 +298,23 @@ class Loader:
             told = "batches of "
         how = f"{', shuffled' if self.shuffle else ''}{f', {self.workers} workers' if self.workers else ''}"
         return f"Loader({told}{self.batch_size or 'its batch_sampler'}{how})"
+
+
+def _tasks(
+    rows: Rows, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], step: int | None
+) -> Iterator[Task]:
+    for number, of_batch in enumerate(rows.batches(seed, epoch, start, stop, step), start):
+        yield Task(seed, epoch, number, of_batch.tolist(), *_part(len(of_batch), share))
+
+
+def _chunks(indices: Any, first: int, end: int, size: int, device: torch.device) -> Iterator[Tensor | slice]:
+    """The places from ``first`` to before ``end``, so many at once: slices where the order is the dataset's own."""
+    if isinstance(indices, Tensor):
+        yield from torch.split(indices[first:end].to(device), size) if first < end else ()
+        return
+    for one in range(first, end, size):
+        place = slice(one, min(one + size, end))
+        yield place if indices is None else indices[place].to(device)
 
 
 def as_arrays(dataset: Any) -> Any:
