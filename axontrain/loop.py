@@ -10,7 +10,7 @@ import contextlib
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -272,6 +272,7 @@ class Loop:
         objective = self.objective if self.evaluate_with is None else self.evaluate_with
         meter = Meter(self._eval_metrics) if run is None else run.meter
         meter.reset()
+        meter.tasks = stream.tasks
         with self._evaluating(objective):
             for index, batch in enumerate(reading(stream.batches(self.state.seed, 0), "in evaluation")):
                 with noted(f"in evaluation, batch {index}", batch, objective):
@@ -311,14 +312,15 @@ class Loop:
     def _predicting(self, stream: Stream) -> Iterator[tuple[Any, int]]:
         """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
         rng = None
-        batches: Iterator[Any] | None = None
-        with contextlib.closing(stream):
+        batches: Generator[Any, None, None] | None = None
+        with contextlib.closing(stream), contextlib.ExitStack() as stack:
             while True:
                 with self._evaluating(self.objective):
                     if rng is not None:
                         randomness.restore(rng)
                     if batches is None:
                         batches = reading(stream.batches(self.state.seed, 0), "in prediction")
+                        stack.callback(batches.close)
                     batch = next(batches, END)
                     if batch is END:
                         break
@@ -464,7 +466,7 @@ class Loop:
         as_long = same and (self._last_stream is None or self._last_stream.limit == limit)
         if stream.length is not None or not as_long:  # what has no length keeps the one that its last pass had
             state.epoch_length = stream.length
-        state.plan, state.validates = plan, validating is not None
+        state.plan, state.validates, state.meter.tasks = plan, validating is not None, stream.tasks
         self._last_stream = stream
         state.attach("data", stream, replace=True)
         self._attach_callbacks()

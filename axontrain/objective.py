@@ -491,11 +491,10 @@ def _class_weights(given: Any, loss: str) -> Tensor:
             f"{repr(loss) if loss else 'a callable'}: give sample_weights=True, and the weights in the batches"
         )
     if isinstance(given, Mapping):
-        missing, others = [c for c in range(len(given)) if c not in given], [c for c in given if c not in range(len(given))]
+        missing = [c for c in range(len(given)) if c not in given]
         if missing or not given:
             raise ConfigurationError(
-                f"{where} is a mapping of {len(given)} classes, so it has to name each of 0 to {max(len(given) - 1, 0)}: "
-                f"missing {missing}, too many {others}"
+                f"{where} has weights for the classes {list(given)}, and none for {missing}: it names each class, 0 to C - 1"
             )
         given = [given[c] for c in range(len(given))]
     try:

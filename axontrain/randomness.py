@@ -103,6 +103,19 @@ def seed_some(names: Iterable[str], seed: int) -> None:
         _SEED[name](seed)
 
 
+def seeder(names: Iterable[str]) -> Callable[[int], Any]:
+    """What seeds some of the global generators, made once for many seeds."""
+    seeds = [_SEED[name] for name in names]
+    if seeds == [_seed_torch] and not _cuda_in_use():
+        return torch.default_generator.manual_seed
+
+    def seed_each(seed: int) -> None:
+        for seed_one in seeds:
+            seed_one(seed)
+
+    return seed_each
+
+
 def drawn_since(seed: int, names: Iterable[str]) -> set[str]:
     """Which of the named generators were drawn from since they were seeded with ``seed``. They are anywhere afterwards.
 

@@ -58,6 +58,7 @@ class ArrayDataset:
             raise DataError("ArrayDataset() needs an array: ArrayDataset(inputs, targets) or ArrayDataset({'x': inputs})")
         self._labels = tuple(label for label, _ in found)
         self.tensors: tuple[Tensor, ...] = tuple(_tensor(array, label) for label, array in found)
+        self.mapped = any(_mapped(array) for _, array in found)  # a file's memory, which a copy would bring in
         self.columns: Columns | None = None
         if len({len(tensor) for tensor in self.tensors}) > 1:
             sizes = {label: len(tensor) for label, tensor in zip(self._labels, self.tensors, strict=True)}
@@ -198,12 +199,12 @@ class ArrayDataset:
 
     def _of(self, tensors: tuple[Tensor, ...]) -> ArrayDataset:
         other = copy.copy(self)
-        other.tensors = tensors
+        other.tensors, other.mapped = tensors, False
         return other
 
     def _gathered(self, indices: Tensor) -> tuple[Tensor, ...]:
         try:
-            return tuple(tensor.index_select(0, indices.to(tensor.device)) for tensor in self.tensors)
+            return tuple(tensor.index_select(0, placed(indices, tensor.device)) for tensor in self.tensors)
         except (IndexError, RuntimeError) as error:
             # torch names no index, and looking for it beforehand would cost each batch. On a GPU its error comes later, and
             # nothing can be read after it.
@@ -211,6 +212,13 @@ class ArrayDataset:
             if isinstance(error, IndexError) or n == 0:
                 _raise_outside(indices, n, error)
             raise
+
+
+def placed(indices: Tensor, device: torch.device) -> Tensor:
+    """Indices on the device of what they pick from; to a GPU without waiting for it."""
+    if device.type == "cuda" and indices.device.type == "cpu":
+        return indices.pin_memory().to(device, non_blocking=True)
+    return indices.to(device)
 
 
 def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:
@@ -268,6 +276,12 @@ _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 def _tensor(array: Any, label: str | int) -> Tensor:
     if not isinstance(array, Tensor):
         kind = kind_of(array)
+        nulls = _nulls(array)
+        if nulls:
+            raise DataError(
+                f"ArrayDataset: array {label!r}, {kind}, has {nulls} null{'s' if nulls > 1 else ''}, which would become NaN: "
+                f"fill them, or read the frame by ax.ArrayDataset.from_frame(frame, ..., fill=...)"
+            )
         try:
             array = array.to_numpy() if hasattr(array, "to_numpy") else array
             flags = getattr(array, "flags", None)
@@ -277,7 +291,10 @@ def _tensor(array: Any, label: str | int) -> Tensor:
                 array = _writeable(array) if _mapped(array) else array.copy()
             array = torch.as_tensor(array)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"ArrayDataset: array {label!r} is {kind}, which is not numeric: {error}") from error
+            raise DataError(
+                f"ArrayDataset: array {label!r} is {kind}, which is not numeric: {error}. Text, dates and categories of a "
+                f"data frame: ax.ArrayDataset.from_frame(frame, inputs=[...], targets='y')"
+            ) from error
     if array.dtype in _UNSIGNED:
         kind = str(array.dtype).removeprefix("torch.")
         raise DataError(f"ArrayDataset: array {label!r} is of {kind}, of which torch gathers no rows: make it int32 or int64")
@@ -288,6 +305,20 @@ def _tensor(array: Any, label: str | int) -> Tensor:
         )
     tensor: Tensor = array.detach()
     return tensor
+
+
+def _nulls(array: Any) -> int:
+    """The nulls in a column of a data frame, or in a frame: of polars, of Arrow, and of the types of pandas that have them."""
+    count = getattr(array, "null_count", None)
+    count = count() if callable(count) else count
+    if count is not None:
+        return sum(map(sum, count.rows())) if hasattr(count, "rows") else int(count)
+    kinds = getattr(array, "dtypes", None)
+    kinds = [] if kinds is None else list(kinds) if hasattr(kinds, "__iter__") else [kinds]
+    if not any(type(getattr(kind, "na_value", None)).__name__ == "NAType" for kind in kinds):
+        return 0  # where pandas has only NaN, that is a number as any other
+    found = array.isna().sum()
+    return int(found.sum() if hasattr(found, "sum") else found)
 
 
 def _mapped(array: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,16 +86,23 @@ def _padded(samples: list[Any], values: Any) -> Any:
             first, {name: _padded([getattr(s, name) for s in samples], _of(values, name, first)) for name in fields(first)}
         )
     if isinstance(first, (tuple, list)) and not (first and isinstance(first[0], (int, float))):
+        if isinstance(values, (tuple, list)) and len(values) != len(first):
+            raise DataError(f"Pad({values!r}) has {len(values)} values for samples of {len(first)} parts, {kind_of(first)}")
         parts = [_padded([s[i] for s in samples], _of(values, i, first)) for i in range(len(first))]
         return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
     if isinstance(first, (str, bytes)):
         return list(samples)
     made = [torch.as_tensor(sample) for sample in samples]
+    dtype = functools.reduce(torch.promote_types, (sample.dtype for sample in made))
     if not made[0].dim():
-        return torch.stack(made)
+        return torch.stack([sample.to(dtype) for sample in made])
     if not isinstance(values, (int, float)):
         raise DataError(f"Pad({values!r}): a number pads {kind_of(first)}")
-    return pad_sequence(made, batch_first=True, padding_value=values)
+    dtype = torch.result_type(torch.empty(1, dtype=dtype), values)  # 0.5 makes floats of integers
+    whole = not dtype.is_floating_point and dtype is not torch.bool
+    if whole and not torch.iinfo(dtype).min <= values <= torch.iinfo(dtype).max:
+        raise DataError(f"Pad({values!r}): that is no number of {dtype}, which the samples are of")
+    return pad_sequence([sample.to(dtype) for sample in made], batch_first=True, padding_value=values)
 
 
 def _of(values: Any, key: Any, sample: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from axontrain.data.arrays import ArrayDataset
+from axontrain.data.arrays import ArrayDataset, placed
+from axontrain.data.collate import Pad
 from axontrain.data.iterables import Source
 from axontrain.data.making import Maker, Task
 from axontrain.data.mixture import Mixture, MixtureMaker
-from axontrain.data.protocol import Dataset, checked, is_iterable_only
+from axontrain.data.protocol import Dataset, checked, is_array, is_iterable_only
 from axontrain.data.rows import Rows
 from axontrain.data.samplers import gives_batches
 from axontrain.data.splitting import Subset
@@ -57,17 +59,23 @@ class Loader:
             :class:`~axontrain.data.BucketSampler`, or any iterable of indices, as torch's samplers are.
         batch_sampler: any iterable of lists of indices.
         workers: processes that make batches ahead; 0 makes them here, one at a time. They stay until :meth:`close`, the end
-            of the fit, or as long as the Loader.
+            of the fit, or as long as the Loader, with the dataset as it was when they started.
         transform: called on each batch after collation (augmentation of a whole batch).
-        collate: makes a batch of a list of samples; :func:`~axontrain.data.collate` unless given.
+        collate: makes a batch of a list of samples; :func:`~axontrain.data.collate` unless given. On ranks, transform and
+            collate get the whole batch, of which the rank's share is cut: what they do may depend on all of it. Those with
+            an attribute ``by_sample`` that is true get the share alone.
         drop_last: leave out a last batch that is smaller.
         seed: of order and randomness. In a Loop it is the Loop's unless given here; by itself it is 0 unless given.
         strict: whether a batch whose structure or trailing shape differs from the first is an error; None leaves that to
-            the Loop, except that batches of a BucketSampler may differ.
+            the Loop, except that batches of a BucketSampler or a :class:`~axontrain.data.Pad` may differ.
         prefetch: batches that each worker makes ahead.
         start_method: how workers are started: "fork", "spawn" or "forkserver"; None is the platform's own way.
-        timeout: seconds after which a batch that a worker has not made is an error. Starting does not count.
+        timeout: seconds after which a batch that a worker has not made is an error; None waits for ever. Starting, and what is
+            made while the loop is busy, do not count.
         pin_memory: lay what workers make into pinned memory; in a Loop on a GPU that is done anyway.
+
+    Random states are those of the global generators: a dataset that keeps a generator of its own answers for it. Threads of
+    one process share them; runs that are to be reproducible go into processes of their own.
 
     Iterated by itself it counts its own passes; ``batches(seed, epoch, start)`` says which pass.
 
@@ -98,13 +106,14 @@ class Loader:
         strict: bool | None = None,
         prefetch: int = 2,
         start_method: str | None = None,
-        timeout: float = 8.0,
+        timeout: float | None = 8.0,
         pin_memory: bool = False,
         **others: Any,
     ) -> None:
         reject(others, Loader.__init__)
         if isinstance(sampler, torch.utils.data.BatchSampler) and batch_sampler is None:
             sampler, batch_sampler = None, sampler
+        _reject_batches(dataset)
         self.iterable = is_iterable_only(dataset)
         if self.iterable:
             self._check_iterable(dataset, shuffle, sampler, batch_sampler, workers)
@@ -117,12 +126,12 @@ class Loader:
         self.workers = whole("workers", workers, 0)
         self.transform, self.collate = transform, collate
         self.seed, self.strict = seed, strict
-        if strict is None and gives_batches(sampler):
+        if strict is None and (gives_batches(sampler) or isinstance(collate, Pad)):
             self.strict = False
         self.prefetch = whole("prefetch", prefetch)
         self.start_method = checked_method(start_method)
-        if not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise ConfigurationError(f"timeout={timeout!r}: seconds, above 0")
+        if timeout is not None and (not isinstance(timeout, (int, float)) or not timeout > 0):
+            raise ConfigurationError(f"timeout={timeout!r}: seconds, above 0; None waits for ever")
         self.timeout, self.pin_memory = timeout, pin_memory
         self.passes = 0
         self._held = _Held()
@@ -168,6 +177,9 @@ class Loader:
             pin_memory: in place of the Loader's own.
             source: who reads an iterable, and knows how far; unless given, it is read from its beginning.
         """
+        whole("epoch", epoch, 0)
+        whole("start", start, 0)
+        _check_share(share)
         if self.iterable:
             read = Source(self.dataset, "the dataset") if source is None else source
             return itertools.islice(self._streamed(read, seed, epoch, start, share), _count(start, stop))
@@ -176,6 +188,13 @@ class Loader:
         if self.workers == 0 and self._uniform(quick) and quick.on_one_device and share == (0, 1) and rows.sliced:
             return self._sliced(quick, rows.order(seed, epoch), rows.end(stop), start)
         return self._made(_tasks(rows, seed, epoch, start, stop, share, step), pin_memory)
+
+    def order(self, seed: int = 0, epoch: int = 0) -> Tensor:
+        """Which samples the batches of an epoch are made of, one after the other: int64, on the CPU.
+
+        Predictions come in this order; ``predictions[loader.order(loop.state.seed).argsort()]`` has that of the dataset.
+        """
+        return torch.cat(list(self._rows().batches(seed if self.seed is None else self.seed, epoch, 0, None)))
 
     def close(self) -> None:
         """End the workers of passes that are over; another pass starts new ones."""
@@ -212,12 +231,13 @@ class Loader:
                 except (IndexError, RuntimeError):
                     data.gather(place)  # says which index it was
                     raise
+            # Not torch.split: the batches of a chunk would count as changed in place when one of them is.
             if alone:
                 yield rows[0] if bare else rows if flat else data.assemble(rows)
             elif bare:
-                yield from torch.split(rows[0], size)
+                yield from torch.unsafe_split(rows[0], size)
             else:
-                parts = zip(*[torch.split(tensor, size) for tensor in rows], strict=True)
+                parts = zip(*[torch.unsafe_split(tensor, size) for tensor in rows], strict=True)
                 yield from parts if flat else map(data.assemble, parts)
 
     def _made(self, tasks: Iterator[Task], pin_memory: bool | None) -> Iterator[Any]:
@@ -262,7 +282,7 @@ class Loader:
             self.workers,
             prefetch=self.prefetch,
             start_method=self.start_method,
-            timeout=self.timeout,
+            timeout=math.inf if self.timeout is None else self.timeout,
             pin=pin_memory,
         )
         self._held.pools.append(pool)
@@ -300,6 +320,19 @@ class Loader:
         return f"Loader({told}{self.batch_size or 'its batch_sampler'}{how})"
 
 
+def _reject_batches(dataset: Any) -> None:
+    """Raise for what would be taken for samples, and is arrays or batches."""
+    if isinstance(dataset, Loader) or (hasattr(dataset, "batch_size") and hasattr(type(dataset), "__iter__")):
+        raise DataError(f"dataset is {kind_of(dataset)}, which gives batches already: pass it as it is, not in an ax.Loader")
+    if isinstance(dataset, tuple) and not hasattr(dataset, "_fields") and dataset and all(map(is_array, dataset)):
+        raise DataError(f"dataset is {kind_of(dataset)}: a tuple of arrays is wrapped as ax.ArrayDataset(*arrays)")
+    if isinstance(dataset, (Mapping, Set)):
+        how = (
+            "a mapping of arrays is wrapped as ax.ArrayDataset(mapping)" if isinstance(dataset, Mapping) else "it has no order"
+        )
+        raise DataError(f"dataset is {kind_of(dataset)}: {how}")
+
+
 def _tasks(
     rows: Rows, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], step: int | None
 ) -> Iterator[Task]:
@@ -310,11 +343,11 @@ def _tasks(
 def _chunks(indices: Any, first: int, end: int, size: int, device: torch.device) -> Iterator[Tensor | slice]:
     """The places from ``first`` to before ``end``, so many at once: slices where the order is the dataset's own."""
     if isinstance(indices, Tensor):
-        yield from torch.split(indices[first:end].to(device), size) if first < end else ()
+        yield from torch.split(placed(indices[first:end], device), size) if first < end else ()
         return
     for one in range(first, end, size):
         place = slice(one, min(one + size, end))
-        yield place if indices is None else indices[place].to(device)
+        yield place if indices is None else placed(indices[place], device)
 
 
 def as_arrays(dataset: Any) -> Any:
@@ -326,6 +359,12 @@ def as_arrays(dataset: Any) -> Any:
         whole = as_arrays(dataset.dataset)
         return dataset if whole is dataset.dataset else Subset(whole, dataset.indices)
     return dataset
+
+
+def _check_share(share: Any) -> None:
+    rank, ranks = share if isinstance(share, tuple) and len(share) == 2 else (None, None)
+    if not isinstance(rank, int) or not isinstance(ranks, int) or not 0 <= rank < ranks:
+        raise ConfigurationError(f"share={share!r}: (rank, ranks), with rank 0 to ranks - 1")
 
 
 def _part(size: int, share: tuple[int, int]) -> tuple[int, int]:

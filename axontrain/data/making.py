@@ -8,14 +8,14 @@ shares put together are the batch; only what draws for a whole batch has to be d
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from axontrain.data.collate import collate as default
 from axontrain.data.structure import cut
-from axontrain.randomness import GENERATORS, derive, drawn_since, seed_all, seed_some
+from axontrain.errors import DataError, kind_of
+from axontrain.randomness import GENERATORS, derive, drawn_since, seed_all, seed_some, seeder
 
 
 class Task(NamedTuple):
@@ -59,7 +59,8 @@ class Maker:
         self.gather = callable(gather)
         self.many = callable(getattr(data, "__getitems__", None))
         self.drawers: set[str] | None = None  # the generators that samples draw from; not known before the first batch
-        self.batches_draw = False
+        # What may look at the whole batch gets it, and so does what was seen to draw for a batch.
+        self.whole_only = not all(one is None or getattr(one, "by_sample", False) for one in (collate, transform))
 
     @property
     def pure(self) -> bool:
@@ -68,14 +69,26 @@ class Maker:
 
     def __call__(self, task: Task) -> Any:
         """Make the batch."""
+        return self._noted(task, lambda: self._made(task))
+
+    def of_samples(self, samples: list[Any], task: Task) -> Any:
+        """Make the batch of samples that are there already; of it, the part that the task wants."""
+        return self._noted(task, lambda: self._of(samples, task))
+
+    @staticmethod
+    def _noted(task: Task, make: Callable[[], Any]) -> Any:
         try:
-            return self._made(task)
+            return make()
+        except StopIteration as error:  # which would pass for the end of the data
+            noted = DataError("StopIteration: a next() without a default found nothing where a sample or a batch is made")
+            for note in (*getattr(error, "__notes__", ()), f"in {task}"):
+                noted.add_note(note)
+            raise noted from error
         except Exception as error:
             error.add_note(f"in {task}")
             raise
 
-    def of_samples(self, samples: list[Any], task: Task) -> Any:
-        """Make the batch of samples that are there already; of it, the part that the task wants."""
+    def _of(self, samples: list[Any], task: Task) -> Any:
         seed_all(derive(task.state, "batch"))
         batch = (self.collate or default)(samples)
         if self.transform is not None:
@@ -90,12 +103,12 @@ class Maker:
             return self._batch(whole, None)
         if task.first == task.last:  # fewer samples than ranks: nothing, in the structure that something would have
             return cut(self._batch(task._replace(first=0, last=1), None), 0, 0, 1)
-        if not self.batches_draw:
+        if not self.whole_only:
             drawn: set[str] = set()
             batch = self._batch(task, drawn)
             if not drawn:
                 return batch
-            self.batches_draw = True
+            self.whole_only = True
         return cut(self._batch(whole, None), task.first, task.last, size)
 
     def _batch(self, task: Task, drawn: set[str] | None) -> Any:
@@ -106,7 +119,7 @@ class Maker:
         state = task.state
         if self.gather or self.many:
             seed_all(state)
-            made = self.data.gather(torch.tensor(rows, dtype=torch.int64)) if self.gather else self.data.__getitems__(rows)
+            made = self.data.gather(torch.tensor(rows, dtype=torch.int64)) if self.gather else self._many(rows)
             if drawn is not None:
                 drawn |= drawn_since(state, GENERATORS)
             if self.gather and self.transform is None:
@@ -123,11 +136,17 @@ class Maker:
             drawn |= drawn_since(state, GENERATORS)
         return made
 
+    def _many(self, rows: list[int]) -> list[Any]:
+        samples: list[Any] = self.data.__getitems__(rows)
+        if len(samples) != len(rows):
+            raise DataError(f"__getitems__ of {kind_of(self.data)} gave {len(samples)} samples for {len(rows)} indices")
+        return samples
+
     def _samples(self, rows: list[int], state: int, first: int) -> list[Any]:
         """Make samples one by one, each in a state of its own.
 
-        That costs microseconds a sample, so only those generators are seeded for each that samples were seen to draw from; the
-        others are for the batch, and are looked at after it.
+        That costs microseconds a sample, so only torch's generator, whose seed samples may read, and those that samples were
+        seen to draw from are seeded for each; the others are for the batch, and are looked at after it.
         """
         if self.drawers is None:
             self.drawers, samples = self._first(rows, state, first)
@@ -135,7 +154,7 @@ class Maker:
         others = [name for name in GENERATORS if name not in self.drawers]
         while True:
             seed_some(others, state)
-            samples = self._each(rows, partial(self._seed, state, first) if self.drawers else None)
+            samples = self._each(rows, state, first, seeder(self.drawers))
             drawn = drawn_since(state, others)
             if not drawn:
                 return samples
@@ -145,26 +164,25 @@ class Maker:
 
     def _first(self, rows: list[int], state: int, first: int) -> tuple[set[str], list[Any]]:
         """Make the first samples, and see which generators they draw from."""
-        drawn: set[str] = set()
+        drawn = {"torch"}
+        before: list[int] = []
 
-        def look(place: int) -> None:
-            if place:
-                drawn.update(drawn_since(derive(state, first + place - 1), GENERATORS))
-            seed_all(derive(state, first + place))
+        def look(seed: int) -> None:
+            if before:
+                drawn.update(drawn_since(before.pop(), GENERATORS))
+            before.append(seed)
+            seed_all(seed)
 
-        samples = self._each(rows, look)
-        return drawn | drawn_since(derive(state, first + len(rows) - 1), GENERATORS), samples
+        samples = self._each(rows, state, first, look)
+        return drawn | drawn_since(before.pop(), GENERATORS), samples
 
-    def _seed(self, state: int, first: int, place: int) -> None:
-        seed_some(self.drawers or (), derive(state, first + place))
-
-    def _each(self, rows: list[int], before_each: Callable[[int], None] | None) -> list[Any]:
+    def _each(self, rows: list[int], state: int, first: int, seed: Callable[[int], Any]) -> list[Any]:
         data = self.data
         samples: list[Any] = []
         try:
-            for place, row in enumerate(rows):
-                if before_each is not None:
-                    before_each(place)
+            for place, row in enumerate(rows, first):
+                # Seeds of one batch need only differ: its own is a hash. The factor is 2^64 over the golden ratio.
+                seed((state + place * 0x9E3779B97F4A7C15) % 2**63)
                 samples.append(data[row])
         except Exception as error:
             error.add_note(f"in the sample at index {rows[len(samples)]}")

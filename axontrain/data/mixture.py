@@ -33,7 +33,8 @@ class Mixture:
 
     A batch is a :class:`~axontrain.TaskBatch`, with the name of its ``task``. The methods of an Objective take it for the
     batch within, unless they are overridden: ``if batch.task == "a": ...``. Metrics are kept for each task: ``train/a/loss``,
-    ``val/b/accuracy``; ``loss`` is that of all.
+    ``val/b/accuracy``; ``loss`` is that of all. A metric that is of one task alone has its name before its own:
+    ``metrics={"a/accuracy": "accuracy", "b/mae": "mae"}``.
 
     Args:
         datasets: by name of the task.
@@ -75,6 +76,11 @@ class Mixture:
         """The sample at ``index`` of all datasets, one after the other."""
         name, row = self._place(index)
         return self.datasets[name][row]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether weights or a function choose the task of a step."""
+        return self.weights is not None or self.which is not None
 
     def count(self, batch_size: int, drop_last: bool) -> int:
         """Batches in an epoch."""

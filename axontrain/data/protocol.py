@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from axontrain.data.iterables import is_maker
@@ -40,6 +41,11 @@ def is_iterable_only(data: Any) -> bool:
     if isinstance(data, type) or is_dataset(data):
         return False
     return isinstance(data, IterableDataset) or is_maker(data) or hasattr(type(data), "__iter__")
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is a tensor or a NumPy array: rows, one a sample."""
+    return isinstance(value, Tensor) or type(value).__module__.partition(".")[0] == "numpy"
 
 
 def reject_frame(data: Any, name: str) -> None:

@@ -118,6 +118,8 @@ class Rows:
 
     def _check(self, name: str, sampler: Any) -> None:
         batches = name == "batch_sampler"
+        if isinstance(self.dataset, Mixture):
+            raise ConfigurationError(f"{name}= with a Mixture, which says by weights= or which= what comes when")
         if self.shuffle:
             raise ConfigurationError(f"shuffle=True and {name}=: the {name} says the order by itself")
         if batches and self.sampler is not None:

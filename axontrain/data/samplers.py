@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ class BalancedSampler:
         codes = class_codes(labels, "BalancedSampler: labels")
         self.covers = len(codes)
         self.size = self.covers if size is None else whole("size", size)
-        self.members = [(codes == code).nonzero().reshape(-1) for code in range(int(codes.max()) + 1)] if len(codes) else []
+        self.members = list(torch.split(codes.argsort(stable=True), codes.bincount().tolist())) if len(codes) else []
 
     def __len__(self) -> int:
         return self.size
@@ -117,7 +118,8 @@ class BucketSampler:
     Args:
         lengths: (N,), the length of each sample of the dataset.
         window: batches in a window: more of them pad less and shuffle less.
-        shuffle: False goes from the longest to the shortest, always the same: for evaluation and prediction.
+        shuffle: False goes from the longest to the shortest, always the same: for evaluation, and for prediction, whose results
+            come in this order (:meth:`Loader.order <axontrain.Loader.order>` says which it is).
 
     >>> sampler = BucketSampler([1, 9, 2, 8, 3, 7], window=3)
     >>> sorted(sorted(batch.tolist()) for batch in sampler.batches(seed=0, epoch=0, batch_size=2))
@@ -184,12 +186,20 @@ class Foreign:
 
 def gives_indices(sampler: Any) -> bool:
     """Whether a sampler is a pure function, ``indices(seed, epoch)``."""
-    return callable(getattr(sampler, "indices", None))
+    return _is_function_of(getattr(sampler, "indices", None), "seed", "epoch")
 
 
 def gives_batches(sampler: Any) -> bool:
     """Whether a sampler is a pure function, ``batches(seed, epoch, batch_size, drop_last=...)``."""
-    return callable(getattr(sampler, "batches", None))
+    return _is_function_of(getattr(sampler, "batches", None), "seed", "epoch", "batch_size", "drop_last")
+
+
+def _is_function_of(value: Any, *names: str) -> bool:
+    # Others' samplers, and tensors, have methods of these names that are something else.
+    try:
+        return callable(value) and set(names) <= set(inspect.signature(value).parameters)
+    except (TypeError, ValueError):
+        return False
 
 
 def is_sampler(value: Any) -> bool:

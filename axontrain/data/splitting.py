@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +28,7 @@ class Subset:
     def __init__(self, dataset: Any, indices: Sequence[int] | Tensor) -> None:
         self.dataset = dataset
         self.indices = torch.as_tensor(indices, dtype=torch.int64)
-        # As fast as the dataset is: what it has not got, this has not got either.
-        if callable(getattr(dataset, "gather", None)):
-            self.gather = self._gather
         self.pure = bool(getattr(dataset, "pure", False))
-        if callable(getattr(dataset, "__getitems__", None)):
-            self.__getitems__ = self._getitems
         blocks = getattr(dataset, "blocks", None)
         if blocks is not None and bool((self.indices.diff() >= 0).all()):  # read a block at a time, in order within each
             ends = torch.tensor(blocks, dtype=torch.int64).cumsum(0)
@@ -48,11 +43,23 @@ class Subset:
             raise OutOfRangeError(f"index {index} of a part of {len(self)} samples")
         return self.dataset[int(self.indices[index])]
 
-    def _gather(self, indices: Tensor) -> Any:
-        return self.dataset.gather(self.indices[indices])
+    # As fast as the dataset is: what it has not got, this has not got either.
 
-    def _getitems(self, indices: list[int]) -> Any:
-        return self.dataset.__getitems__(self.indices[torch.as_tensor(indices, dtype=torch.int64)].tolist())
+    @property
+    def gather(self) -> Callable[[Tensor], Any]:
+        """The batch at indices, where the dataset gathers."""
+        gather = self.dataset.gather
+        if not callable(gather):
+            raise AttributeError("gather")
+        return lambda indices: gather(self.indices[indices])
+
+    @property
+    def __getitems__(self) -> Callable[[list[int]], list[Any]]:
+        """The samples at indices, where the dataset makes many at once."""
+        many = self.dataset.__getitems__
+        if not callable(many):
+            raise AttributeError("__getitems__")
+        return lambda indices: many(self.indices[torch.as_tensor(indices, dtype=torch.int64)].tolist())
 
     def __repr__(self) -> str:
         return f"Subset({len(self)} of {kind_of(self.dataset)})"
@@ -63,7 +70,7 @@ def split(dataset: Any, *shares: float, seed: int = 0, stratify: Any = None, gro
 
     Args:
         dataset: anything with ``__len__`` and ``__getitem__``. Parts of an :class:`~axontrain.ArrayDataset` are
-            ArrayDatasets; of another dataset they look into it.
+            ArrayDatasets, which are copies; of memory-mapped arrays and of other datasets they look into them.
         *shares: of each part: fractions that add up to 1 at most, or numbers of samples.
         seed: the same seed gives the same parts.
         stratify: (N,) labels of which each part has the same mixture; or an ArrayDataset's array, by its name or its place, or
@@ -191,4 +198,6 @@ def _array(dataset: ArrayDataset, name: str | int, what: str) -> Tensor:
 
 
 def _part(dataset: Any, indices: Tensor) -> Any:
-    return dataset.subset(indices) if isinstance(dataset, ArrayDataset) else Subset(dataset, indices)
+    if isinstance(dataset, ArrayDataset) and not dataset.mapped:
+        return dataset.subset(indices)
+    return Subset(dataset, indices)

@@ -11,17 +11,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.iterables import Source, is_iterable
 from axontrain.data.loader import Loader
 from axontrain.data.mixture import Mixture
-from axontrain.data.protocol import is_dataset, reject_frame
+from axontrain.data.protocol import is_array, is_dataset, reject_frame
 from axontrain.data.structure import signature, to_device
 from axontrain.data.transfer import ahead
-from axontrain.errors import BatchMismatchError, DataError, EmptyDataError, kind_of, whole
+from axontrain.errors import BatchMismatchError, ConfigurationError, DataError, EmptyDataError, kind_of, whole
 from axontrain.objective import task_of
 
 DEFAULT_BATCH_SIZE = 32
@@ -69,6 +68,12 @@ class Stream:
             self.strict = (strict if own is None else own) and not self.loader.uniform
             # Of its own, for somebody else may read through the same Loader.
             self.source = Source(self.loader.dataset, name) if self.loader.iterable else None
+            mixture = self.loader.dataset
+            if shuffle and isinstance(mixture, Mixture) and not self.loader.shuffle and mixture.chooses:
+                raise ConfigurationError(
+                    f"{name} is a Loader without shuffle=True of a Mixture with weights= or which=, which choose in a shuffled "
+                    f"pass only: ax.Loader(mixture, batch_size, shuffle=True)"
+                )
         self._first: dict[str | None, list[str]] = {}  # by task
 
     @property
@@ -80,6 +85,12 @@ class Stream:
     def of_one_task(self) -> bool:
         """Whether no batch can be of a task: all a dataset gives, unless it is a Mixture."""
         return self.loader is not None and not self.loader.iterable and not isinstance(self.loader.dataset, Mixture)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks of a Mixture."""
+        mixture = None if self.loader is None else self.loader.dataset
+        return tuple(mixture.names) if isinstance(mixture, Mixture) else ()
 
     @property
     def length(self) -> int | None:
@@ -165,10 +176,12 @@ class Stream:
             now = signature(batch if task is None else batch.batch)
             first = self._first.get(task)
             if first is None:
-                if isinstance(self.data, IterableDataset) and _is_sample(batch):
+                pair = isinstance(batch, (tuple, list)) or isinstance(self.data, IterableDataset)
+                if self.loader is None and pair and _is_sample(batch):
                     raise DataError(
                         f"{self.name} is {kind_of(self.data)}, which gives samples (the first is {kind_of(batch)}), and is "
-                        f"read as batches: wrap it, ax.Loader({self.name}, batch_size)"
+                        f"read as batches: wrap it, ax.Loader({self.name}, batch_size); if it is batches, pass strict=False to "
+                        f"the Loop"
                     )
                 self._first[task] = now
             elif now != first:
@@ -187,14 +200,14 @@ def _written(parts: list[str]) -> str:
 def _loader(data: Any, name: str, batch_size: int, shuffle: bool) -> Loader | None:
     if isinstance(data, Loader):
         loader: Loader | None = data
-    elif _is_array(data):
+    elif is_array(data):
         loader = Loader(ArrayDataset(data), batch_size, shuffle=shuffle)
     elif isinstance(data, (str, bytes, Mapping)) or data is None:
         raise DataError(
             f"{name} is {kind_of(data)}: pass a Dataset, a Loader, or an iterable of batches"
             + (" (a mapping of arrays: ax.ArrayDataset(mapping))" if isinstance(data, Mapping) else "")
         )
-    elif isinstance(data, tuple) and data and all(_is_array(item) for item in data):
+    elif isinstance(data, tuple) and data and all(is_array(item) for item in data):
         raise DataError(
             f"{name} is {kind_of(data)}: a tuple of arrays is wrapped as ax.ArrayDataset(*arrays), so that it is not "
             f"taken for {len(data)} batches (a list is an iterable of batches)"
@@ -223,10 +236,6 @@ def _is_sample(item: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or getattr(value, "shape", None) == ()
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or type(value).__module__.partition(".")[0] == "numpy"
 
 
 def _gives_batches(data: Any) -> bool:

@@ -34,10 +34,11 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch, whatever its structure."""
+    ahead = device.type != "cpu"  # what comes to the CPU would be read before it is there
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf.to(device, non_blocking=True)
+            return leaf.to(device, non_blocking=ahead)
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return mapped(batch, move)
@@ -51,8 +52,12 @@ def tensors(batch: Any) -> list[Tensor]:
 
 
 def cut(batch: Any, first: int, last: int, size: int) -> Any:
-    """The samples from ``first`` to before ``last`` of a batch of ``size``: of tensors, arrays, and lists with an item each."""
-    if isinstance(batch, list) and len(batch) == size and not any(isinstance(item, Tensor) for item in batch):
+    """The samples from ``first`` to before ``last`` of a batch of ``size``: of tensors, arrays, and lists with an item each.
+
+    >>> cut([torch.arange(3), ("a", "b", "c")], 1, 3, 3)
+    [tensor([1, 2]), ('b', 'c')]
+    """
+    if type(batch) in (list, tuple) and len(batch) == size and not any(_leads(item, size) for item in batch):
         return batch[first:last]
     if isinstance(batch, Mapping):
         return {key: cut(item, first, last, size) for key, item in batch.items()}
@@ -63,6 +68,17 @@ def cut(batch: Any, first: int, last: int, size: int) -> Any:
     if is_record(batch):
         return rebuilt(batch, {name: cut(getattr(batch, name), first, last, size) for name in fields(batch)})
     return batch[first:last] if getattr(batch, "shape", ()) else batch
+
+
+def _leads(value: Any, size: int) -> bool:
+    """Whether a value is a part of a batch of ``size``, and not a sample."""
+    if isinstance(value, Mapping):
+        return any(_leads(item, size) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return len(value) == size or any(_leads(item, size) for item in value)
+    if is_record(value):
+        return any(_leads(getattr(value, name), size) for name in fields(value))
+    return bool(getattr(value, "shape", ())) and value.shape[0] == size
 
 
 def joined(parts: list[tuple[Any, int]]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from axontrain.data.arrays import ArrayDataset
 from axontrain.data.structure import mapped
 from axontrain.data.table_columns import check_types, column_of, missing, objects_of, types_of, whole_array
 from axontrain.data.table_files import ArrowFile, ParquetFile, check_same, chosen, found_files, opened
@@ -35,8 +36,8 @@ class TableDataset:
         columns: which columns to read; all of them unless given.
         decode: a function of one row ``{column: value}`` that makes the sample (JPEG bytes into pixels). It may draw random
             numbers. Values are Python's own, None where there is none, bytes as they are; a list of numbers is a tensor.
-        like: the ``Columns`` of a data frame that say how columns become tensors, with the vocabulary and the fill for
-            missing values they were made with.
+        like: the ``Columns`` of a data frame, or the ArrayDataset made of it, that say how columns become tensors, with the
+            vocabulary and the fill for missing values they were made with.
         targets: False takes the inputs alone, ``like`` Columns that have targets: of files without them, as to predict.
         cache: how many row groups are held in memory: those that are mixed, and one that the next batch may begin with (so
             that 4 mix 3). By default as many as make up about 256 MB before compression (one, where a single one is larger)
@@ -94,6 +95,10 @@ class TableDataset:
         targets: bool = True,
         cache: int | None = None,
     ) -> None:
+        if isinstance(like, ArrayDataset):
+            like = like.columns
+            if like is None:
+                raise ConfigurationError("TableDataset(like=...) is an ArrayDataset that from_frame did not make")
         if like is not None and (decode is not None or columns is not None):
             other = "columns" if decode is None else "decode"
             raise ConfigurationError(

@@ -6,6 +6,7 @@ tells the allocator who uses the memory: without that it may be handed out again
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 
     One batch is read ahead; what its reading raises is raised in its turn.
     """
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     following = _Copy(batches, device, side)
     while True:
         present = following
@@ -32,6 +33,12 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
             return
         else:
             raise present.error
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> Any:
+    # One for all passes: the allocator keeps memory for each stream apart.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _Copy:

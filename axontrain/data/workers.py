@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from axontrain.data.making import Task
 from axontrain.errors import ConfigurationError, DataError, WorkerError
 
-POLL = 1.0
+POLL = 1.0  # seconds between looks at the workers, while a batch is waited for
 # Until all workers have begun (a spawned one imports torch first) no batch can be late.
 STARTUP = 120.0
 
@@ -50,10 +50,12 @@ class Workers:
         pin: bool,
     ) -> None:
         self.count, self.timeout, self.pin, self.start_method = count, timeout, pin, start_method
+        self._poll = min(POLL, timeout / 4)
         self.busy = False
         self._tasks = _Tasks()
         context = torch.multiprocessing.get_context(start_method)
         self._begun = context.Value("i", 0)
+        self._begin = _Begin(self._begun)
         self._in_hand = context.Array("q", [-1] * count, lock=False)  # the number of the batch that each worker makes
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: as asked
@@ -64,8 +66,8 @@ class Workers:
                 num_workers=count,
                 collate_fn=_as_it_is,
                 pin_memory=pin,
-                timeout=POLL,
-                worker_init_fn=_Begin(self._begun, threading.current_thread() is threading.main_thread()),
+                timeout=self._poll,
+                worker_init_fn=self._begin,
                 multiprocessing_context=start_method,
                 generator=torch.Generator(),  # or it would draw from the global one
                 prefetch_factor=prefetch,
@@ -79,7 +81,8 @@ class Workers:
             WorkerError: if a worker dies, or keeps a batch waiting for too long.
         """
         waiting: deque[Task] = deque()
-        self._tasks.source, self.busy = _remembered(tasks, waiting), True
+        failed: list[Exception] = []
+        self._tasks.source, self.busy = _remembered(tasks, waiting, failed), True
         ended, lost = False, False
         try:
             batches = self._started()
@@ -87,6 +90,10 @@ class Workers:
                 try:
                     batch = self._next(batches, waiting)
                 except StopIteration:
+                    if failed:
+                        raise failed[0] from None
+                    if waiting:
+                        raise WorkerError(f"the workers ended before {waiting[0]}") from None
                     ended = True
                     return
                 waiting.popleft()
@@ -141,6 +148,7 @@ class Workers:
             warnings.filterwarnings("ignore", message="This DataLoader will create|Got pickle error")
             if self._loader._iterator is None:
                 self._begun.value = 0
+                self._begin.by_main_thread = threading.current_thread() is threading.main_thread()
             return iter(self._loader)
 
     def _next(self, batches: Any, waiting: deque[Task]) -> Any:
@@ -163,7 +171,7 @@ class Workers:
             if not begun and self._begun.value >= self.count:
                 begun, since = True, time.monotonic()
             limit = self.timeout if begun else max(STARTUP, self.timeout)
-            if time.monotonic() - since + POLL / 2 >= limit:
+            if time.monotonic() - since + self._poll / 2 >= limit:
                 raise WorkerError(self._late(time.monotonic() - since, batches, waiting))
 
     def _died(self, dead: list[Any], batches: Any, waiting: deque[Task]) -> str:
@@ -187,13 +195,13 @@ class Workers:
         number = _worker_of_front(batches)
         who = "a worker" if number is None else f"worker {number} (pid {_processes(batches)[number].pid})"
         return (
-            f"{who} has not made its batch in {seconds:.0f} s: {waiting[0] if waiting else 'none was asked for'}. If batches "
+            f"{who} has not made its batch in {seconds:.2g} s: {waiting[0] if waiting else 'none was asked for'}. If batches "
             f"may take that long, set a higher limit: ax.Loader(..., timeout=60)"
         )
 
     def _making(self, number: int, waiting: deque[Task]) -> str:
         task = next((task for task in waiting if task.number == self._in_hand[number]), None)
-        return " before it had made a batch" if task is None else f" while it had {task} in hand"
+        return " while it had no batch in hand" if task is None else f" while it had {task} in hand"
 
     def _method(self) -> str:
         return self.start_method or str(multiprocessing.get_start_method())
@@ -209,7 +217,9 @@ class _InWorker:
         worker = get_worker_info()
         assert worker is not None  # nobody else asks
         self.in_hand[worker.id] = task.number
-        return self.maker(task)
+        batch = self.maker(task)
+        self.in_hand[worker.id] = -1
+        return batch
 
 
 class _Tasks:
@@ -224,8 +234,8 @@ class _Tasks:
 class _Begin:
     """Runs first in each worker."""
 
-    def __init__(self, begun: Any, by_main_thread: bool) -> None:
-        self.begun, self.by_main_thread = begun, by_main_thread
+    def __init__(self, begun: Any) -> None:
+        self.begun, self.by_main_thread = begun, False
 
     def __call__(self, worker: int) -> None:
         # Ctrl-C goes to the whole group of processes: the loop decides what comes of it.
@@ -250,10 +260,14 @@ def checked_method(start_method: str | None) -> str | None:
     return start_method
 
 
-def _remembered(tasks: Iterable[Task], waiting: deque[Task]) -> Iterator[Task]:
-    for task in tasks:
-        waiting.append(task)
-        yield task
+def _remembered(tasks: Iterable[Task], waiting: deque[Task], failed: list[Exception]) -> Iterator[Task]:
+    # An error of the sampler has its turn after the batches that were asked for before it.
+    try:
+        for task in tasks:
+            waiting.append(task)
+            yield task
+    except Exception as error:
+        failed.append(error)
 
 
 def _processes(batches: Any) -> list[Any]:
@@ -270,8 +284,9 @@ def _worker_of_front(batches: Any) -> int | None:
 def _watched(batches: Any) -> Iterator[None]:
     """Raise for a worker that has died, or dies within the block: the wait for its batch could last for ever."""
     try:
-        _set_worker_pids(id(batches), tuple(worker.pid for worker in _processes(batches)))
-        _error_if_any_worker_fails()
+        if threading.current_thread() is threading.main_thread():  # where signals are handled
+            _set_worker_pids(id(batches), tuple(worker.pid for worker in _processes(batches)))
+            _error_if_any_worker_fails()
         yield
     finally:
         _unwatch(batches)

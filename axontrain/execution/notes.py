@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from torch import nn
@@ -32,7 +32,7 @@ def noted(where: str, batch: Any, module: nn.Module) -> Iterator[None]:
         raise
 
 
-def reading(batches: Iterator[Any], where: str) -> Iterator[Any]:
+def reading(batches: Iterator[Any], where: str) -> Generator[Any, None, None]:
     """The same batches; an error in reading one says where it was."""
     for index in itertools.count():
         try:

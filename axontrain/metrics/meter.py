@@ -49,6 +49,8 @@ class Meter:
         self._sums: Sums = {}
         self._saved: dict[str, Any] = {}
         self._of_tasks: dict[str, Meter] = {}
+        self.tasks: tuple[str, ...] = ()  # whose names stand before those of their own metrics
+        self._example: list[Any] | None = None  # of predictions and targets: shape and dtype
 
     def __len__(self) -> int:
         return len(self._losses) + len(self._sums)
@@ -56,14 +58,15 @@ class Meter:
     def record(self, step: Step, task: str | None = None) -> None:
         """Take a step in. Its loss is detached already.
 
-        A step of a ``task`` counts in the readings of that task, ``task/loss`` and its metrics, and in the loss of all.
+        A step of a ``task`` counts in the readings of that task, ``task/loss`` and its metrics, and in the loss of all. One
+        named ``task/name`` is one of that task alone.
 
         Raises:
             MetricError: if a metric does not fit what the step has: predictions, targets, or weights that it cannot take.
         """
         if task is not None:
             if task not in self._of_tasks:
-                self._of_tasks[task] = Meter(self._specs)
+                self._of_tasks[task] = Meter(self._specs_of(task))
             self._of_tasks[task].record(step)
             step = Step(step.loss, weight=step.weight, skipped=step.skipped)
         values = _detached(step.values) if step.values else step.values
@@ -104,6 +107,8 @@ class Meter:
                 for loss, weight, skipped, values, weights in self._losses
             ],
             "metrics": {tally.name: tally.state_dict() for tally in self._tallies or ()} or self._saved,
+            "example": self._example,
+            "names": list(self.tasks),
             "tasks": {task: meter.state_dict() for task, meter in self._of_tasks.items()},
         }
 
@@ -112,13 +117,32 @@ class Meter:
         self._sums = dict(state["sums"])
         self._losses = [(of["loss"], of["weight"], of["skipped"], of["values"], of.get("weights")) for of in state["losses"]]
         self._saved = dict(state["metrics"])
+        self._example = state.get("example")
         for tally in self._tallies or ():
             tally.reset()
         self._fill()
-        self._of_tasks = {}
+        self._of_tasks, self.tasks = {}, tuple(state.get("names", ()))
         for task, of_task in state.get("tasks", {}).items():
-            self._of_tasks[task] = Meter(self._specs)
+            self._of_tasks[task] = Meter(self._specs_of(task))
             self._of_tasks[task].load_state_dict(of_task)
+            self._of_tasks[task]._build_as_before()
+
+    def _specs_of(self, task: str) -> dict[str, Any]:
+        tasks = {task, *self.tasks}
+        of_all = {n: spec for n, spec in self._specs.items() if "/" not in n or n.partition("/")[0] not in tasks}
+        own = {name.partition("/")[2]: spec for name, spec in self._specs.items() if name.startswith(f"{task}/")}
+        return {**of_all, **own}
+
+    def _build_as_before(self) -> None:
+        # A task may have no batch before the next reading, which then has to speak of what was saved all the same.
+        if self._tallies is None and self._example is not None and self._saved:
+            device = next((loss.device for loss, *_ in self._losses), torch.device("cpu"))
+            device = next((sums.device for sums in self._sums.values()), device)
+            empty = [torch.empty((0, *shape[1:]), dtype=DTYPES[dtype], device=device) for shape, dtype in self._example]
+            built = [build(name, spec, *empty) for name, spec in self._specs.items()]
+            self._functions = [one for one in built if one.function is not None]
+            self._tallies = [_Tally(one) for one in built if one.metric is not None]
+            self._fill()
 
     def _fold(self) -> Sums:
         entries: dict[str, list[Entry]] = defaultdict(list)
@@ -135,6 +159,7 @@ class Meter:
             built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
             self._functions = [one for one in built if one.function is not None]
             self._tallies = [_Tally(one) for one in built if one.metric is not None]
+            self._example = _example(predictions, targets)
             self._fill()
         if step.sample_weights is not None:
             return self._weighted(step, values, predictions, targets)
@@ -284,6 +309,22 @@ class _Tally:
                 raise
             except Exception as error:
                 raise MetricError(f"the metric {self.name!r} does not take these predictions and targets: {error}") from error
+
+
+# What an example may be of, by name: nothing that is read from a file is looked up elsewhere.
+DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.complex64,
+    )
+}  # fmt: skip
+
+
+def _example(*values: Any) -> list[Any] | None:
+    if all(isinstance(value, Tensor) and value.dim() and str(value.dtype) in DTYPES for value in values):
+        return [[list(value.shape), str(value.dtype)] for value in values]
+    return None
 
 
 def _detached(value: Any) -> Any:

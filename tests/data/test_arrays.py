@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -391,3 +393,39 @@ def test_memory_stays_flat_over_a_file_of_400_megabytes(tmp_path, mode):
         data.gather(torch.arange(start, start + 64) * 7 % rows)
     assert data.bytes_per_sample() * len(data) > 400e6
     assert resident() - before < 40e6
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pl.Series([1, None, None]),
+        pl.DataFrame({"a": [1.0, None], "b": [None, 2.0]}),
+        pd.Series([1, None, None], dtype="Int64"),
+        pa.chunked_array([[1, None], [None]]),
+    ],
+    ids=["polars", "polars frame", "pandas", "arrow"],
+)
+def test_nulls_are_an_error_and_no_nan(column):
+    with pytest.raises(ax.DataError, match=r"has 2 nulls, which would become NaN: fill them, or .*from_frame"):
+        ArrayDataset(column)
+
+
+def test_a_nan_of_pandas_is_a_number_as_any_other():
+    assert ArrayDataset(pd.Series([1.0, float("nan")])).tensors[0].isnan().tolist() == [False, True]
+    assert ArrayDataset(pd.Series([1, 2], dtype="Int64")).tensors[0].tolist() == [1, 2]
+
+
+def test_text_in_a_column_points_to_from_frame():
+    with pytest.raises(ax.DataError, match="from_frame"):
+        ArrayDataset(pd.Series(["a", "b"]))
+
+
+def test_parts_of_a_mapped_file_are_not_copied(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(40.0).reshape(20, 2))
+    mapped = ArrayDataset(np.load(tmp_path / "x.npy", mmap_mode="r"), torch.arange(20))
+    assert mapped.mapped
+    assert not mapped.subset([0]).mapped
+    train, test = ax.split(mapped, 0.5, 0.5)
+    assert isinstance(train, ax.data.Subset)
+    found = torch.cat([labels for _, labels in ax.Loader(train, 4, shuffle=True)])
+    assert sorted(found.tolist() + [int(test[index][1]) for index in range(10)]) == list(range(20))

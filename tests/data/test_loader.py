@@ -280,3 +280,67 @@ def test_what_torch_gathers_no_rows_of_goes_one_by_one():
     assert batch.requires_grad
     (batch,) = next(iter(ax.Loader(TensorDataset(torch.ones(6, dtype=torch.uint16)), 4)))
     assert batch.dtype is torch.uint16
+
+
+# --- arguments of a pass, and what is no dataset ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "told"),
+    [
+        ((0, -1), {}, "epoch=-1"),
+        ((0, 0, -1), {}, "start=-1"),
+        ((0, 0), {"share": (2, 2)}, r"share=\(2, 2\): \(rank, ranks\), with rank 0 to ranks - 1"),
+        ((0, 0), {"share": (-1, 2)}, "share="),
+        ((0, 0), {"share": 2}, "share=2"),
+        ((0, 0), {"share": (0, 0)}, "share="),
+    ],
+)
+def test_a_pass_that_cannot_be_is_an_error(arguments, options, told):
+    with pytest.raises(ax.ConfigurationError, match=told):
+        ax.Loader(range(10), 4).batches(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (ax.Loader(range(4), 2), "gives batches already: pass it as it is"),
+        (torch.utils.data.DataLoader(range(4), 2), "gives batches already"),
+        ((torch.zeros(4), np.zeros(4)), r"ax\.ArrayDataset\(\*arrays\)"),
+        ({"x": torch.zeros(4)}, r"ax\.ArrayDataset\(mapping\)"),
+        ({1, 2}, "it has no order"),
+    ],
+    ids=["Loader", "DataLoader", "tuple", "mapping", "set"],
+)
+def test_what_is_no_dataset_of_samples_says_what_to_do(data, told):
+    with pytest.raises(ax.DataError, match=told):
+        ax.Loader(data, 2)
+
+
+def test_the_order_of_a_pass_puts_predictions_back():
+    lengths = torch.tensor([3, 1, 2, 5, 4])
+    loader = ax.Loader(lengths.float()[:, None].tolist(), 2, sampler=ax.data.BucketSampler(lengths, shuffle=False))
+    assert loader.order().tolist() == [3, 4, 0, 2, 1]
+    shuffled = ax.Loader(ax.ArrayDataset(lengths), 2, shuffle=True)
+    predictions = torch.cat(list(shuffled.batches(7, 0)))
+    assert torch.equal(predictions[shuffled.order(7).argsort()], lengths)
+
+
+def test_a_dataset_that_gives_too_few_samples_says_so():
+    class Few(Counting):
+        def __getitems__(self, indices):
+            return [1.0] * (len(indices) - 1)
+
+    with pytest.raises(ax.DataError, match="__getitems__ of Few gave 3 samples for 4 indices"):
+        list(ax.Loader(Few(8), 4))
+
+
+def test_batches_of_one_chunk_are_apart():
+    data = ax.ArrayDataset(torch.ones(64, 2))
+    batches = iter(ax.Loader(data, 4, shuffle=True))
+    weight = torch.ones(2, requires_grad=True)
+    first, second = next(batches), next(batches)
+    loss = (first @ weight).square().sum()
+    second.mul_(2)
+    loss.backward()
+    assert weight.grad is not None

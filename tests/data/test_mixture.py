@@ -212,3 +212,63 @@ def test_a_run_over_tasks_goes_on_bit_for_bit(kind, tmp_path):
 def test_what_does_not_fit_says_so(make, told):
     with pytest.raises(ax.AxonError, match=told):
         make()
+
+
+@pytest.mark.parametrize("options", [{"sampler": [0, 20]}, {"batch_sampler": [[0, 1]]}])
+def test_a_mixture_takes_no_sampler(options):
+    with pytest.raises(ax.ConfigurationError, match="says by weights= or which= what comes when"):
+        ax.Loader(mixture(), 4, **options)
+
+
+def test_training_on_a_mixture_that_chooses_wants_shuffling():
+    loop = ax.Loop(ax.Supervised(nn.Linear(1, 1), "mse"), ax.Optimizer("sgd", lr=0.1), progress=False)
+    with pytest.raises(ax.ConfigurationError, match="shuffle=True"):
+        loop.fit(ax.Loader(mixture(weights=[1, 1, 1]), 4), epochs=1)
+
+
+class Kinds(ax.Objective):
+    """Classes for one task, numbers for the other."""
+
+    metrics = {"class/accuracy": "accuracy", "number/mae": "mae"}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.classes, self.number = nn.Linear(8, 16), nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def train_step(self, batch):
+        x, y = batch
+        hidden = self.body(x).relu()
+        if batch.task == "class":
+            logits = self.classes(hidden)
+            return ax.Step(F.cross_entropy(logits, y), logits, y, len(y))
+        numbers = self.number(hidden)[:, 0]
+        return ax.Step(F.mse_loss(numbers, y), numbers, y, len(y))
+
+    eval_step = train_step
+
+
+def kinds(**options):
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    return ax.Mixture({"class": ax.ArrayDataset(x, x[:, :3].argmax(1)), "number": ax.ArrayDataset(x, x.sum(1))}, **options)
+
+
+def test_a_task_may_have_metrics_of_its_own(tmp_path):
+    loop = ax.Loop(Kinds(), ax.Optimizer("adam", lr=0.01), progress=False)
+    result = loop.fit(kinds(), kinds(), epochs=2, batch_size=10)
+    of = {"loss", "class/loss", "class/accuracy", "number/loss", "number/mae"}
+    assert set(result.values) == {f"{part}/{name}" for part in ("train", "val") for name in of}
+
+
+def test_the_readings_of_a_task_outlast_a_restart(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        return ax.Loop(Kinds(), ax.Optimizer("adam", lr=0.01), progress=False)
+
+    data = kinds(which=lambda step: "number" if step < 3 else "class")  # no number comes after the third step
+    whole, part, rest = made(), made(), made()
+    expected = whole.fit(data, epochs=1, batch_size=10)
+    part.fit(data, steps=5, batch_size=10)
+    rest.restore(part.save(tmp_path / "state"))
+    found = rest.fit(data, epochs=1, batch_size=10)
+    assert found.values == expected.values
+    assert "train/number/mae" in found.values

@@ -158,3 +158,34 @@ def test_parts_are_padded_each_by_its_own():
 def test_padding_that_does_not_fit_the_samples_says_so(values):
     with pytest.raises(ax.DataError, match=r"Pad\("):
         Pad(values)([(torch.ones(1), torch.ones(1)), (torch.ones(2), torch.ones(1))])
+
+
+def test_text_is_cut_and_parts_are_not_taken_for_samples():
+    batch = collate([(sample(index), str(index)) for index in range(4)])
+    assert cut(batch, 1, 3, 4)[1] == ("1", "2")
+    two = collate([({"x": 0}, {"y": 0}), ({"x": 1}, {"y": 1})])
+    first = cut(two, 0, 1, 2)
+    assert first[0]["x"].tolist() == [0]
+    assert first[1]["y"].tolist() == [0]
+    assert cut([np.zeros(2), np.ones(2)], 0, 1, 2)[1].tolist() == [1]
+    assert cut([{"a": 1}, {"a": 2}], 1, 2, 2) == [{"a": 2}]  # samples, as a user's collate may leave them
+
+
+def test_padding_promotes_and_refuses_what_it_cannot_hold():
+    assert Pad()([torch.tensor([1, 2]), torch.tensor([1.5, 2.5, 3.5])]).tolist() == [[1, 2, 0], [1.5, 2.5, 3.5]]
+    assert Pad(0.5)([torch.tensor([1]), torch.tensor([1, 2])]).tolist() == [[1, 0.5], [1, 2]]
+    assert Pad(-100)([torch.tensor([True]), torch.tensor([True, False])]).tolist() == [[1, -100], [1, 0]]
+    with pytest.raises(ax.DataError, match=r"no number of torch\.uint8"):
+        Pad(-100)([torch.ones(1, dtype=torch.uint8), torch.ones(2, dtype=torch.uint8)])
+    with pytest.raises(ax.DataError, match="has 3 values for samples of 2 parts"):
+        Pad((0, 1, 2))([(torch.ones(1), torch.ones(1))])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_looks_at_the_whole_batch_gets_it_on_ranks_too(ranks):
+    texts = [torch.arange(1, 2 + index % 7) for index in range(12)]
+    centred = ax.Loader(ax.ArrayDataset(torch.arange(12.0)), 4, shuffle=True, transform=lambda batch: batch - batch.mean())
+    for loader in (ax.Loader(texts, 4, collate=Pad()), centred):
+        whole = list(loader.batches(0, 0))
+        shares = [list(loader.batches(0, 0, share=(rank, ranks))) for rank in range(ranks)]
+        assert all(torch.equal(torch.cat(parts), own) for parts, own in zip(zip(*shares, strict=True), whole, strict=True))

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -354,3 +355,82 @@ def test_workers_serve_a_loop_in_another_thread():
 def test_options_that_cannot_work_are_errors(options, told):
     with pytest.raises(ax.ConfigurationError, match=told):
         ax.Loader(Noisy(), 8, **options)
+
+
+class Ends(Noisy):
+    """Raises what Python takes for the end of an iteration."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(next(one for one in [index] if one != 40))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_stop_iteration_in_a_sample_is_an_error_and_no_end(workers):
+    with pytest.raises(ax.DataError if not workers else (ax.DataError, RuntimeError), match="StopIteration") as caught:
+        list(ax.Loader(Ends(), 8, workers=workers))
+    assert any("in batch 5 of epoch 0" in note for note in caught.value.__notes__)
+    with pytest.raises(ax.DataError, match="StopIteration"):
+        list(ax.Loader(iter(range(8)), 4, transform=lambda batch: next(iter([]))))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("failing", [RuntimeError, ValueError])
+def test_an_error_of_the_sampler_has_its_turn(workers, failing):
+    class Breaks:
+        def __iter__(self):
+            yield from range(20)
+            raise failing("the sampler broke")
+
+    loader = ax.Loader(Noisy(), 4, sampler=Breaks(), workers=workers)
+    for _ in range(2):
+        with pytest.raises(failing, match="the sampler broke"):
+            list(loader)
+    loader.close()
+
+
+class Odd(torch.utils.data.Dataset):
+    """Reads the seed and draws from nothing that is global, as NumPy's own advice goes."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return torch.tensor(np.random.default_rng(torch.initial_seed()).random(2))
+
+
+def test_samples_that_read_their_seed_are_the_same_everywhere():
+    whole = list(ax.Loader(Odd(), 4).batches(0, 0))
+    for workers in (1, 2):
+        loader = ax.Loader(Odd(), 4, workers=workers)
+        assert same(list(loader.batches(0, 0)), whole)
+        assert same(list(loader.batches(0, 0, 2)), whole[2:])
+        loader.close()
+    assert len(torch.cat(whole).unique()) == 48, "and no two alike"
+
+
+def test_predict_leaves_no_worker_though_its_error_is_kept():
+    before = set(children())
+    loop = ax.Loop(ax.Supervised(torch.nn.Linear(3, 1), "mse"), progress=False)  # 4 features come
+    with pytest.raises(RuntimeError) as caught:
+        loop.predict(ax.Loader(Noisy(), 8, workers=2))
+    assert caught.value.__traceback__ is not None
+    assert gone(set(children()) - before)
+
+
+def test_a_worker_that_dies_while_another_thread_reads_is_told_of_there():
+    found = []
+
+    def read_all():
+        try:
+            list(ax.Loader(Troubled("kill"), 8, workers=2))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=read_all)
+    thread.start()
+    thread.join(30)
+    assert [type(error) for error in found] == [ax.WorkerError]
+
+
+def test_no_limit_is_none():
+    assert len(list(ax.Loader(Noisy(16), 8, workers=1, timeout=None))) == 2
