@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -113,7 +114,8 @@ class Mixture:
 
     def maker(self, collate: Any, transform: Any) -> MixtureMaker:
         """What makes its batches."""
-        return MixtureMaker(self, {name: Maker(data, collate, transform) for name, data in self.datasets.items()})
+        makers = {name: Maker(data, collate, transform) for name, data in self.datasets.items()}
+        return MixtureMaker(makers, self._offsets())
 
     def __repr__(self) -> str:
         of = ", ".join(f"{name}: {len(data)}" for name, data in self.datasets.items())
@@ -192,12 +194,12 @@ class Mixture:
 class MixtureMaker:
     """Makes the batches of a Mixture: each by the maker of its own dataset."""
 
-    def __init__(self, mixture: Mixture, makers: dict[str, Maker]) -> None:
-        self.mixture, self.makers = mixture, makers
+    def __init__(self, makers: dict[str, Maker], offsets: list[int]) -> None:
+        self.makers, self.offsets = makers, offsets
         self.pure = all(maker.pure for maker in makers.values())
 
     def __call__(self, task: Task) -> TaskBatch:
         """Make the batch."""
-        name, row = self.mixture._place(task.rows[0])
-        offset = task.rows[0] - row
+        place = bisect.bisect_right(self.offsets, task.rows[0]) - 1
+        name, offset = list(self.makers)[place], self.offsets[place]
         return TaskBatch(name, self.makers[name](task._replace(rows=[row - offset for row in task.rows])))

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -52,6 +53,7 @@ class Workers:
         self.count, self.timeout, self.pin, self.start_method = count, timeout, pin, start_method
         self._poll = min(POLL, timeout / 4)
         self.busy = False
+        self._holder: weakref.finalize[Any, Workers] | None = None
         self._tasks = _Tasks()
         context = torch.multiprocessing.get_context(start_method)
         self._begun = context.Value("i", 0)
@@ -111,6 +113,9 @@ class Workers:
         iterator, self._loader._iterator = self._loader._iterator, None
         if iterator is None:
             return
+        if self._holder is not None:
+            self._holder.detach()
+            self._holder = None
         _unwatch(iterator)
         if kill:
             for worker in _processes(iterator):
@@ -141,6 +146,10 @@ class Workers:
         # is to raise only while a batch is waited for: see _watched.
         _unwatch(batches)
         batches._worker_pids_set = False
+        if self._holder is None:
+            # torch's iterator ends its workers at once when nobody holds it, but in a garbage collection, as a part of a cycle,
+            # it waits 5 seconds for each: so it is held from outside for as long as this lives.
+            self._holder = weakref.finalize(self, id, batches)
         return batches
 
     def _iterated(self) -> Any:

@@ -1,5 +1,6 @@
 """Workers: the same batches however many there are, and what is said when one is in trouble."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -434,3 +435,21 @@ def test_a_worker_that_dies_while_another_thread_reads_is_told_of_there():
 
 def test_no_limit_is_none():
     assert len(list(ax.Loader(Noisy(16), 8, workers=1, timeout=None))) == 2
+
+
+def test_a_loader_that_is_collected_ends_its_workers_at_once():
+    loader = ax.Loader(Noisy(), 8, workers=2)
+    loader.itself = loader  # a cycle, which only the garbage collector ends
+    pids = {pid for batch in loader for pid in batch[1].tolist()}
+    began = time.monotonic()
+    del loader
+    gc.collect()
+    assert gone(pids)
+    assert time.monotonic() - began < 4
+
+
+def test_a_mixture_is_sent_to_workers_without_what_chooses():
+    data = ax.Mixture({"a": Noisy(8), "b": Noisy(8)}, which=lambda step: "ab"[step % 2])  # no lambda can be pickled
+    loader = ax.Loader(data, 4, shuffle=True, workers=1, start_method="spawn")
+    assert [batch.task for batch in loader] == ["a", "b", "a", "b"]
+    loader.close()
