@@ -2,7 +2,7 @@
 
 What is made a batch at a time (``gather``, ``__getitems__``, collation, the transform) draws in the state of the batch; each
 sample that is made by itself draws in a state of its own. So a rank can make its share of a batch without the rest, and the
-shares put together are the batch; only what may look at a whole batch, or draws for it, is done whole on each rank and then cut.
+shares put together are the batch; only what may look at a whole batch, or draws for it, is done whole on each rank and cut.
 """
 
 from __future__ import annotations
