@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import mmap
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from axontrain.data.structure import fields, is_record
 from axontrain.errors import ConfigurationError, DataError, OutOfRangeError, kind_of
 
 if TYPE_CHECKING:
@@ -243,9 +243,9 @@ def _taken(value: Any, path: tuple[Any, ...], found: list[tuple[str | int, Any]]
         if hasattr(value, "_fields"):
             kind = type(value)
         parts = dict(zip(getattr(value, "_fields", range(len(value))), value, strict=True))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "__array__"):
+    elif is_record(value) and not hasattr(value, "__array__"):
         kind = type(value)
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        parts = {name: getattr(value, name) for name in fields(value)}
     else:
         found.append((path[0] if len(path) == 1 else ".".join(map(str, path)) or 0, value))
         return None

@@ -231,9 +231,9 @@ class Loader:
                 except (IndexError, RuntimeError):
                     data.gather(place)  # says which index it was
                     raise
-            # Not torch.split: the batches of a chunk would count as changed in place when one of them is.
             if alone:
                 yield rows[0] if bare else rows if flat else data.assemble(rows)
+            # Not torch.split: the batches of a chunk would count as changed in place when one of them is.
             elif bare:
                 yield from torch.unsafe_split(rows[0], size)
             else:

@@ -89,10 +89,7 @@ class Maker:
             raise
 
     def _of(self, samples: list[Any], task: Task) -> Any:
-        seed_all(derive(task.state, "batch"))
-        batch = (self.collate or default)(samples)
-        if self.transform is not None:
-            batch = self.transform(batch)
+        batch = self._finished(self.collate or default, samples, derive(task.state, "batch"))
         whole = (task.first, task.last) == (0, len(samples))
         return batch if whole else cut(batch, task.first, task.last, len(samples))
 
@@ -127,14 +124,16 @@ class Maker:
         else:
             made = self._samples(rows, state, task.first)
         state = derive(state, "batch")
-        seed_all(state)
-        if not self.gather:
-            made = (self.collate or default)(made)
-        if self.transform is not None:
-            made = self.transform(made)
+        made = self._finished(None if self.gather else self.collate or default, made, state)
         if drawn is not None:
             drawn |= drawn_since(state, GENERATORS)
         return made
+
+    def _finished(self, collate: Callable[[Any], Any] | None, made: Any, state: int) -> Any:
+        """What is done to a batch as a whole, in its own state."""
+        seed_all(state)
+        batch = made if collate is None else collate(made)
+        return batch if self.transform is None else self.transform(batch)
 
     def _many(self, rows: list[int]) -> list[Any]:
         samples: list[Any] = self.data.__getitems__(rows)

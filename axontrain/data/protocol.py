@@ -75,4 +75,4 @@ def checked(data: Any, name: str = "dataset") -> Dataset:
             f"{name} is {kind_of(data)}, which is no dataset: "
             + (f"it has no {' and no '.join(missing)}" if missing else "text has to be made into tensors first")
         )
-    return data  # type: ignore[no-any-return]
+    return data  # type: ignore[no-any-return]  # it has what a Dataset has

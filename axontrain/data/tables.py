@@ -213,7 +213,7 @@ class TableDataset:
         by_group = numbers.argsort(stable=True)
         back = torch.empty_like(by_group).scatter_(0, by_group, torch.arange(len(by_group)))
         found, counts = torch.unique(numbers, return_counts=True)
-        rows = (places - self._firsts[numbers])[by_group].split(counts.tolist())  # type: ignore[no-untyped-call]
+        rows = torch.split((places - self._firsts[numbers])[by_group], counts.tolist())
         earliest = by_group[counts.cumsum(0) - counts].tolist()
         # Those in memory first, and the others as the batch comes to them: where it goes from one window into the next, the
         # first's row groups are let go for those of the second, which are held after it.

@@ -38,7 +38,7 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
 @functools.cache
 def _side_stream(device: torch.device) -> Any:
     # One for all passes: the allocator keeps memory for each stream apart.
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
 
 class _Copy:

@@ -133,16 +133,20 @@ class Meter:
         own = {name.partition("/")[2]: spec for name, spec in self._specs.items() if name.startswith(f"{task}/")}
         return {**of_all, **own}
 
+    def _build(self, predictions: Any, targets: Any) -> list[_Tally]:
+        built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
+        self._functions = [one for one in built if one.function is not None]
+        self._tallies = [_Tally(one) for one in built if one.metric is not None]
+        self._fill()
+        return self._tallies
+
     def _build_as_before(self) -> None:
         # A task may have no batch before the next reading, which then has to speak of what was saved all the same.
         if self._tallies is None and self._example is not None and self._saved:
             device = next((loss.device for loss, *_ in self._losses), torch.device("cpu"))
             device = next((sums.device for sums in self._sums.values()), device)
             empty = [torch.empty((0, *shape[1:]), dtype=DTYPES[dtype], device=device) for shape, dtype in self._example]
-            built = [build(name, spec, *empty) for name, spec in self._specs.items()]
-            self._functions = [one for one in built if one.function is not None]
-            self._tallies = [_Tally(one) for one in built if one.metric is not None]
-            self._fill()
+            self._tallies = self._build(*empty)
 
     def _fold(self) -> Sums:
         entries: dict[str, list[Entry]] = defaultdict(list)
@@ -156,11 +160,8 @@ class Meter:
     def _measured(self, step: Step, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
         predictions, targets = _detached(step.predictions), _detached(step.targets)
         if self._tallies is None:
-            built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
-            self._functions = [one for one in built if one.function is not None]
-            self._tallies = [_Tally(one) for one in built if one.metric is not None]
+            self._tallies = self._build(predictions, targets)
             self._example = _example(predictions, targets)
-            self._fill()
         if step.sample_weights is not None:
             return self._weighted(step, values, predictions, targets)
         if self._functions:

@@ -11,6 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import torch
+from array_checks import same, warn_always
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -18,24 +19,9 @@ from torch.utils.data import DataLoader
 import axontrain as ax
 from axontrain.data import ArrayDataset
 
+__all__ = ["warn_always"]  # a fixture for every test here
+
 images, labels = torch.arange(12.0).reshape(6, 2), torch.tensor([0, 1, 0, 1, 0, 1])
-
-
-@pytest.fixture(autouse=True)
-def _warn_always():
-    # torch tells of an array that cannot be written to once in a process: each test is to hear of it.
-    before = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(before)
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple):
-        return type(other) is tuple and len(one) == len(other) and all(map(same, one, other))
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn as nn
+from array_checks import same, warn_always
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,24 +21,9 @@ import axontrain as ax
 from axontrain.checkpoint.encode import decode, encode
 from axontrain.data.frames import Columns
 
+__all__ = ["warn_always"]  # a fixture for every test here
+
 ArrayDataset = ax.ArrayDataset
-
-
-@pytest.fixture(autouse=True)
-def _warn_always():
-    # torch tells of an array that cannot be written to once in a process: each test is to hear of it.
-    before = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)
-    yield
-    torch.set_warn_always(before)
-
-
-def same(one, other):
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple):
-        return type(other) is tuple and len(one) == len(other) and all(map(same, one, other))
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def arrow(frame):

@@ -9,9 +9,10 @@ import sklearn.metrics as sk
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from host_reads import NoHostReads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from made_tensors import classes, holes, random
 
 import axontrain as ax
 from axontrain import ConfigurationError, MetricError, Step, UnknownNameError
@@ -23,18 +24,6 @@ COUNTED = ("accuracy", "precision", "recall", "f1", "dice", "iou", "confusion_ma
 RANKED = ("auroc", "average_precision")
 REGRESSION = ("mse", "rmse", "mae", "r2")
 ROWS = 12
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def classes(count, *shape, seed=1):
-    return torch.randint(count, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def holes(targets):
-    return targets.masked_fill(torch.arange(targets.numel()).reshape(targets.shape) % 5 == 3, -100)
 
 
 LAYOUTS = {
@@ -385,19 +374,6 @@ def test_reading_changes_no_later_reading(flagged):
 
 
 # --- no host reads ---------------------------------------------------------------------------------------------------
-
-
-class NoHostReads(TorchDispatchMode):
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "is_nonzero", "equal.")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masked = "aten.index" in str(func) and any(
-            isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)
-            for i in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
-        )
-        if masked or any(name in str(func) for name in self.waits):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("small", [10**6, 0], ids=["kept", "counted at once"])
