@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from axontrain import data, metrics, schedules
 from axontrain.callback import Callback
-from axontrain.callbacks import EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
+from axontrain.callbacks import Checkpoint, EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
+from axontrain.checkpoint.weights import load_weights
 from axontrain.clock import Duration, Every
 from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
 from axontrain.errors import (
@@ -36,11 +37,12 @@ from axontrain.objective import Objective, Step, Supervised, TaskBatch
 from axontrain.optimizer import Optimizer
 from axontrain.preflight import Report
 from axontrain.state import History, LoopState, Result, Stop, StopEpoch
+from axontrain.version import VERSION
 
 if TYPE_CHECKING:
     from axontrain.data import Columns, TableDataset
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ArrayDataset",
@@ -48,6 +50,7 @@ __all__ = [
     "AxonWarning",
     "BatchMismatchError",
     "Callback",
+    "Checkpoint",
     "CheckpointError",
     "Columns",
     "ConfigurationError",
@@ -88,6 +91,7 @@ __all__ = [
     "UnknownOptionError",
     "WorkerError",
     "data",
+    "load_weights",
     "metrics",
     "order",
     "schedules",

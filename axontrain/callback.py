@@ -105,6 +105,33 @@ class Callback:
         """When an error ends the fit: ``state.error``. It is raised on afterwards."""
 
 
+class Saver(Callback):
+    """A callback that acts last of all: after a step's validation, its readings, and every other callback.
+
+    So what it saves is one and the same step. The engine asks beforehand when to look up for it.
+    """
+
+    def next_step(self, state: LoopState) -> float:
+        """No step before this one needs it."""
+        raise NotImplementedError
+
+    def seconds_left(self, state: LoopState) -> float:
+        """How long it can wait, whatever the step."""
+        raise NotImplementedError
+
+    def at_step_end(self, state: LoopState) -> None:
+        """After a step, when the engine looks up; whether anything is due is the callback's to know."""
+        raise NotImplementedError
+
+    def at_fit_end(self, state: LoopState) -> None:
+        """At the end of a fit that no error has ended."""
+        raise NotImplementedError
+
+    def close(self, state: LoopState) -> None:
+        """At the very end, whatever ended it."""
+        raise NotImplementedError
+
+
 class FunctionCallback(Callback):
     """A function on a hook; what ``Loop.on`` makes."""
 
@@ -137,7 +164,7 @@ class Hooks:
     after_evaluate: Callable[[LoopState], None] | None
     on_error: Callable[[LoopState], None] | None
 
-    def __init__(self, callbacks: Iterable[Callback], state: LoopState) -> None:
+    def __init__(self, callbacks: Iterable[Callback], state: LoopState, *, resumed: bool = False) -> None:
         named = keys(callbacks)
         for hook in HOOKS:
             wanted = []
@@ -147,7 +174,7 @@ class Hooks:
                 cadence = None
                 if callback.every is not None and hook not in ALWAYS:
                     cadence = state.cadence(f"{key}.{hook}", callback.every)
-                    cadence.start(state)
+                    cadence.start(state, resumed=resumed)
                 wanted.append((getattr(callback, hook), cadence, callback))
             setattr(self, hook, _caller(hook, wanted) if wanted else None)
 

@@ -1,4 +1,4 @@
-"""The command: ``axontrain fit digits``."""
+"""The command: ``axontrain fit digits``, ``axontrain import-weights file.pt``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from axontrain import __version__, data, display, schedules
 from axontrain.checkpoint import name_of
+from axontrain.checkpoint.importing import import_weights
 from axontrain.errors import AxonError, MissingExtraError
 from axontrain.loop import Loop
 from axontrain.objective import Objective
@@ -73,6 +74,16 @@ def fit_digits(directory: Path, epochs: int, seed: int) -> int:
     return 0
 
 
+def import_file(file: Path, out: Path | None, key: str | None) -> int:
+    """Make safetensors of a file of ``torch.save``; the exit status."""
+    try:
+        import_weights(file, out, key=key)
+    except (AxonError, OSError) as error:
+        print(f"axontrain: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status.
 
@@ -89,7 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("--epochs", type=int, default=20)
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--directory", type=Path, help="where to write; a new one under runs/ unless given")
+    imports = commands.add_parser("import-weights", help="make safetensors of what torch.save wrote (a file that you trust)")
+    imports.add_argument("file", type=Path, metavar="FILE", help="a .pt, .pth, .bin or .ckpt")
+    imports.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the same name with .safetensors unless given")
+    imports.add_argument("--key", help="where in FILE the tensors are, as in ema.model; well-known keys are found without it")
     given = parser.parse_args(arguments)
+    if given.command == "import-weights":
+        return import_file(given.file, given.out, given.key)
     if given.epochs < 1:
         parser.error("--epochs: 1 or more")
     directory = given.directory or Path("runs") / f"{given.what}-{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -9,8 +9,8 @@ import datetime
 import math
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -193,9 +193,13 @@ class Cadence:
         self._multiple: int | None = None
         self._fired = 0
 
-    def start(self, clock: Clock) -> None:
-        """Begin at the clock's present reading; what was passed before does not count."""
-        if self._multiple is None or (self.every.interval is not None and self.every.interval.unit == "percent"):
+    def start(self, clock: Clock, *, resumed: bool = False) -> None:
+        """Begin at the clock's present reading; what was passed before does not count.
+
+        With ``resumed`` the plan is the old one, and what counts in percent of it goes on too.
+        """
+        percent = self.every.interval is not None and self.every.interval.unit == "percent"
+        if self._multiple is None or (percent and not resumed):
             self._multiple = self._count(clock)
 
     def due(self, clock: Clock) -> bool:
@@ -221,11 +225,20 @@ class Cadence:
     def next_step(self, clock: Clock) -> float:
         """No step before this one can be due (so that a loop asks only then); infinite if only an epoch's end can."""
         interval = self.every.interval
-        if interval is None or interval.unit not in ("steps", "epochs"):
+        if interval is None or interval.unit not in ("steps", "epochs", "seconds"):
             return clock.step + 1
+        if interval.unit == "seconds":  # see seconds_left
+            return math.inf
         if interval.unit == "epochs":
             return math.inf if interval.amount.denominator == 1 else clock.step + 1
         return float((clock.step // interval.amount + 1) * interval.amount)
+
+    def seconds_left(self, clock: Clock) -> float:
+        """How long it will take until this is due, if a time says so; else infinite."""
+        interval = self.every.interval
+        if interval is None or interval.unit != "seconds":
+            return math.inf
+        return max(0.0, float((self._multiple or 0) + 1) * float(interval.amount) - clock.elapsed)
 
     def _count(self, clock: Clock) -> int:
         interval = self.every.interval
@@ -266,6 +279,20 @@ class Plan:
     start_step: int = 0
     start_index: int = 0
     start_elapsed: float = 0.0
+
+    def goes_on_from(self, old: Plan) -> None:
+        """Begin where another plan began: these limits are then those of both together."""
+        self.start_epoch, self.start_step = old.start_epoch, old.start_step
+        self.start_index, self.start_elapsed = old.start_index, old.start_elapsed
+
+    def state_dict(self) -> dict[str, Any]:
+        """The limits, and where it began."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Plan:
+        """The plan that ``state_dict`` told of."""
+        return cls(**{field.name: state[field.name] for field in fields(cls)})
 
     def over(self, clock: Clock) -> str | None:
         """The limit that has been reached, in words, or None."""

@@ -18,8 +18,12 @@ from typing import Any, TypeVar
 import torch
 
 from axontrain import callback, checkpoint, randomness
-from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook, Hooks
+from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook, Hooks, Saver
+from axontrain.callbacks.checkpoint import Checkpoint
 from axontrain.callbacks.progress import ProgressBar
+from axontrain.checkpoint import runs
+from axontrain.checkpoint.lock import DirectoryLock
+from axontrain.checkpoint.schema import check
 from axontrain.clock import Duration, Every, Plan
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.data.structure import joined, to_device
@@ -27,6 +31,7 @@ from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, ki
 from axontrain.execution import modes
 from axontrain.execution.notes import noted, reading
 from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
+from axontrain.execution.setup import compare, describe, same_batches
 from axontrain.execution.steps import Runner, check_eval, runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
@@ -34,7 +39,7 @@ from axontrain.objective import Objective, Step, task_of
 from axontrain.objective import batch_size as size_of
 from axontrain.optimizer import MAIN, Optimizer, check_covered, route
 from axontrain.preflight import Report, preflight
-from axontrain.state import LoopState, Result, StopEpoch
+from axontrain.state import LoopState, Result, Stateful, StopEpoch
 from axontrain.update import Update
 
 Function = TypeVar("Function", bound=Hook)
@@ -102,13 +107,14 @@ class Loop:
             name: Update(name, self.optimizers[name], parameters)
             for name, parameters in route(objective, self.optimizers).items()
         }
+        self._seed = seed
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         self.state = LoopState(objective, bound, seed, Meter(self.metrics))
         for update in bound.values():
             update.clock = self.state
         if self.directory is not None:
-            self.state.history.path = self.directory / "history.jsonl"
+            self.state.directory, self.state.history.path = self.directory, self.directory / "history.jsonl"
         self._attach_callbacks()
         self._by_hand: Runner | None = None
         self._last_stream: Stream | None = None
@@ -125,6 +131,7 @@ class Loop:
         batch_size: int = DEFAULT_BATCH_SIZE,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
+        resume: bool = False,
         **others: Any,
     ) -> Result:
         """Train until the first of the limits is reached; a second fit trains that much more.
@@ -136,16 +143,22 @@ class Loop:
             batch_size: samples in a batch, where ``train`` or ``validation`` is a bare Dataset.
             validate: a duration: "1 epoch", "500 steps", "10 min", "5%", or an :class:`~axontrain.Every`.
             limit: end each pass, of training and validation, after so many batches: for trials.
+            resume: go on inside the plan of a fit that was interrupted or killed, as if it had not been; the limits are then
+                those of both together. It goes on from memory where something is there, else from the newest checkpoint of
+                ``directory`` that verifies, else it begins afresh: so the same script started again finishes the same run.
 
         Returns:
             The :class:`~axontrain.Result`: status, reason, last readings, history.
 
         Raises:
-            ConfigurationError: for arguments that cannot work.
+            ConfigurationError: for arguments that cannot work; for a ``directory`` that another process is using.
+            CheckpointError: if no checkpoint of the directory is good, or it is of something else; with ``resume``, if what has
+                changed since would make it another run.
+            SystemExit: with status 143, after SIGTERM: the state was saved, where there is a ``directory``.
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
         """
         reject(others, Loop.fit)
-        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
+        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit, resume)
         deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
         return run.result()
 
@@ -160,6 +173,7 @@ class Loop:
         batch_size: int = DEFAULT_BATCH_SIZE,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
+        resume: bool = False,
         **others: Any,
     ) -> Iterator[Step]:
         """The same as ``fit``, step by step: ``for step in loop.steps(train, epochs=1): ...``.
@@ -167,7 +181,7 @@ class Loop:
         It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
         """
         reject(others, Loop.steps)
-        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit)
+        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit, resume)
         return self._stepping(run)
 
     def _algorithm(self, run: Run) -> Iterator[Step]:
@@ -175,14 +189,14 @@ class Loop:
         state, train_step, record = run.state, run.train_step, run.record
         before_batch, after_batch = run.hooks.before_batch, run.hooks.after_batch
         with session(run):
+            self._settle(run)
             while run.goes_on():
-                if run.hooks.before_epoch is not None:
-                    run.hooks.before_epoch(state)
+                run.begin_epoch()
                 for batch in run.batches():
                     if before_batch is not None:
                         before_batch(state)
-                    if state.request is not None:
-                        break
+                        if run.leaves_out():
+                            break
                     state.last = step = None  # what it holds need not outlive the next forward pass
                     state.last = step = train_step(batch)  # forward, backward, after_backward, update
                     state.step += 1
@@ -198,26 +212,36 @@ class Loop:
                 if run.epoch_is_over():
                     self._end_epoch(run)
             self._end_fit(run)
+        run.exit_if_terminated()
 
     def _look_up(self, run: Run) -> bool:
-        """Validate or read, where due; whether the pass over the data ends here."""
+        """Validate, read or save, where due; whether the pass over the data ends here."""
         state = run.state
-        if state.request is None and not run.epoch_is_over():  # else the epoch's end does it
+        if not run.epoch_is_over():  # else the epoch's end does it
             if run.validate.due(state):
                 self._read_and_validate(run)
-            elif perf_counter() >= run.next_reading:
+            elif state.request is None and perf_counter() >= run.next_reading:
                 state.read()
+            run.save()
         run.look_ahead()
         return state.request is not None or run.plan.over(state) is not None
 
     def _end_epoch(self, run: Run) -> None:
-        """Count the epoch; then validation, readings, ``after_epoch``: all of one and the same step."""
+        """Count the epoch; then validation, readings, ``after_epoch``, saving: all of one and the same step."""
         state = run.state
         state.epoch += 1
-        state.batch_index = 0
+        state.batch_index, state.in_epoch = 0, False
+        state.owed = [AFTER_EPOCH]
         self._read_and_validate(run, validate=run.validate.due(state))
-        if run.hooks.after_epoch is not None and not run.interrupted():
-            run.hooks.after_epoch(state)
+        self._after_epoch(run)
+
+    def _after_epoch(self, run: Run) -> None:
+        state = run.state
+        if not run.interrupted():
+            state.owed = []
+            if run.hooks.after_epoch is not None:
+                run.hooks.after_epoch(state)
+            run.save()
         if isinstance(state.request, StopEpoch):  # the epoch is over now
             state.request = None
         run.look_ahead()
@@ -227,35 +251,70 @@ class Loop:
         readings = state.read(last=True)
         state.meter.reset()
         if validate and run.validation is not None:
-            if run.hooks.before_evaluate is not None:
+            self._validate(run, readings)
+        else:
+            _take(state, readings)
+
+    def _validate(self, run: Run, readings: dict[str, Any]) -> None:
+        """Evaluate, and take the readings with those of training.
+
+        A validation that is interrupted is owed, and one that comes too late: when the run is resumed, it is done first.
+        """
+        state = run.state
+        assert run.validation is not None  # else nothing is due
+        if run.interrupted() or (state.request is not None and state.batch_index):
+            if not state.owed or state.owed[0] == AFTER_EPOCH:
+                state.owed = [VALIDATE, *state.owed]
+            _take(state, readings)
+            return
+        if run.hooks.before_evaluate is not None:
+            with randomness.kept() if EVALUATE in state.owed else contextlib.nullcontext():  # it has had its draws
                 run.hooks.before_evaluate(state)
-            found = self._evaluate(run.validation, run)
-            run.validated = True
-            if not run.interrupted():
-                readings |= {f"val/{name}": value for name, value in found.items()}
-        state.values.update(readings)
-        if readings:
-            state.history.add(state.step, state.epoch, readings)
-        if validate and run.validation is not None and run.hooks.after_evaluate is not None and not run.interrupted():
+        rest = [one for one in state.owed if one == AFTER_EPOCH]
+        state.owed = [EVALUATE, *rest]
+        found = self._evaluate(run.validation, run)
+        run.validated, interrupted = True, run.interrupted()
+        if not interrupted:
+            readings = readings | {f"val/{name}": value for name, value in found.items()}
+        _take(state, readings)
+        if interrupted:
+            return
+        state.owed = rest
+        if run.hooks.after_evaluate is not None:
             run.hooks.after_evaluate(state)
 
-    def _end_fit(self, run: Run) -> None:
-        """Read what is left of an epoch that a limit or a stop has ended."""
+    def _settle(self, run: Run) -> None:
+        """Do what an interruption left undone at the end of the last step, where the run is resumed."""
         state = run.state
-        if state.batch_index and state.step > run.plan.start_step:
+        if not state.owed:
+            return
+        if run.validation is None:
+            state.owed = [one for one in state.owed if one == AFTER_EPOCH]
+        elif state.owed[0] in (VALIDATE, EVALUATE):
+            self._validate(run, {})
+            state.history.rewrite()  # one row of it and of what was read before
+        if AFTER_EPOCH in state.owed:
+            self._after_epoch(run)
+        run.save()
+
+    def _end_fit(self, run: Run) -> None:
+        """Read what is left of an epoch that a limit or a stop has ended; save."""
+        state = run.state
+        trained = state.step - run.first_step
+        if state.batch_index and trained:
             readings = state.read()
             if readings:
-                state.history.add(state.step, state.epoch, readings)
-        trained = state.step - run.plan.start_step
-        if run.validation is not None and trained and run.status == "completed" and not run.validated:
+                state.history.add(state.step, state.epoch, readings, partial=True)
+        validated = run.validated or (state.resumed and any(name.startswith("val/") for name in state.values))
+        if run.validation is not None and trained and not validated and run.status == "completed":
             warnings.warn(
                 f"the validation data was never used: the run ended after {trained} steps, before "
                 f"{run.validate.every!r} was due; pass validate= a shorter interval, as in validate=100",
                 AxonWarning,
                 stacklevel=4,
             )
-        if self.directory is not None:
-            checkpoint.write(self.directory / checkpoint.name_of(state.step), state.state_dict())
+        for saver in run.savers:
+            saver.at_fit_end(state)
 
     def evaluate(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, **others: Any) -> dict[str, Any]:
         """Evaluate: ``{"loss": ..., "accuracy": ...}``, means by items over the whole of ``data``.
@@ -398,19 +457,32 @@ class Loop:
         Returns:
             The directory; or a snapshot that ``restore`` takes.
         """
-        state = self.state.state_dict()
-        return state if path is None else checkpoint.write(path, state)
+        if path is None:
+            return self.state.state_dict()
+        return checkpoint.write(path, self.state.live(), runs.told_of(self.state))
 
-    def restore(self, source: str | Path | Mapping[str, Any]) -> None:
-        """Go on from a saved state: a directory, or a snapshot that ``save()`` gave.
+    def restore(self, source: str | Path | Mapping[str, Any], *, only: str | None = None) -> None:
+        """Go on from a saved state.
 
         Nothing in a directory is executed or imported: the objects are yours, the state fills them.
+
+        Args:
+            source: a checkpoint's directory; a run directory, whose newest checkpoint that verifies is taken; or a snapshot
+                that ``save()`` gave.
+            only: "objective" takes the weights alone; optimizers, counters and all else stay as they are.
 
         Raises:
             CheckpointError: if it is damaged, or of another objective; nothing is changed then.
         """
+        if only not in (None, "objective"):
+            raise unknown("part of a state, only =", only, ("objective",))
+        tree = source if isinstance(source, Mapping) else _read(Path(source))
+        check(tree)
+        if only == "objective":
+            self.state.load_weights(tree)
+            return
         self._attach_callbacks()
-        self.state.load_state_dict(source if isinstance(source, Mapping) else checkpoint.read(source))
+        self.state.load_state_dict(tree)
 
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
@@ -438,12 +510,15 @@ class Loop:
         batch_size: int,
         validate: str | int | Every,
         limit: int | None,
+        resume: bool,
     ) -> Run:
         """Check and put together all that a fit needs; what is wrong is found before anything is changed."""
         self._check_ready()
         if validate is None:
             raise ConfigurationError("validate=None: to validate never, leave the validation data out")
-        state, every, plan = self.state, Every.parse(validate, "validate"), _plan(epochs, steps, time)
+        if not isinstance(resume, bool):
+            raise ConfigurationError(f"resume={resume!r}: True or False; to go on from one checkpoint, loop.restore(path)")
+        every, plan = Every.parse(validate, "validate"), _plan(epochs, steps, time)
         stream = self._stream(train, "train", batch_size, shuffle=True, limit=limit)
         validating = None if validation is None else self._stream(validation, "validation", batch_size, limit=limit)
         streams = [one for one in (stream, validating) if one is not None]
@@ -451,30 +526,89 @@ class Loop:
         for one in streams:
             if one.length == 0:
                 raise one.empty()
-        if self.directory is not None:
-            self._check_directory(self.directory)
         if modes.asleep(self.objective):
             warnings.warn(f"{modes.ASLEEP}, unless that is meant", AxonWarning, stacklevel=3)
+        with contextlib.ExitStack() as held:
+            if self.directory is not None:
+                held.enter_context(DirectoryLock(self.directory))
+            run = self._begun(plan, every, stream, validating, resume)
+            run.lock = held.pop_all()  # the session gives it up
+        return run
 
-        same = self._last_stream is None or stream.goes_on_from(self._last_stream)
+    def _begun(
+        self,
+        plan: Plan,
+        every: Every,
+        stream: Stream,
+        validating: Stream | None,
+        resume: bool,
+    ) -> Run:
+        state = self.state
+        setup = describe(state, stream, validating, self.metrics, self.device)
+        setup["callbacks"] = [f"callback/{key}" for key in self._stateful()]
+        if self.directory is not None:
+            runs.sweep(self.directory)
+        resumed = resume and self._goes_back(setup, plan)
+        if self.directory is not None and not resume:
+            self._check_directory(self.directory)
+        same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
         if not same or state.batch_index >= (stream.length or math.inf):
-            state.batch_index = 0  # other batches than those that the epoch had begun with: it begins anew
+            state.batch_index, state.in_epoch = 0, False  # other batches than those that it had begun with: it begins anew
+        if resumed and state.old_plan is not None:
+            plan.goes_on_from(state.old_plan)
+            if plan.over(state) is None:
+                state.history.take_back()
+        else:
+            plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
+            plan.start_index = state.batch_index
+            state.owed, state.history.partial = [], None
         if state.batch_index == 0:
             state.meter.reset()
-        plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
-        plan.start_index = state.batch_index
-        as_long = same and (self._last_stream is None or self._last_stream.limit == limit)
+        as_long = same and (self._last_stream is None or self._last_stream.limit == stream.limit)
         if stream.length is not None or not as_long:  # what has no length keeps the one that its last pass had
             state.epoch_length = stream.length
         state.plan, state.validates, state.meter.tasks = plan, validating is not None, stream.tasks
+        state.setup, state.resumed = setup, resumed
         self._last_stream = stream
         state.attach("data", stream, replace=True)
         self._attach_callbacks()
+        state.history.rewrite()
         cadence = state.cadence("validate", every)
-        cadence.start(state)
-        hooks = Hooks([*self.callbacks, ProgressBar()] if self.progress else self.callbacks, state)
+        cadence.start(state, resumed=resumed)
+        callbacks = [*self.callbacks, *([ProgressBar()] if self.progress else [])]
+        savers = tuple(one for one in callbacks if isinstance(one, Saver))
+        if self.directory is not None and not savers:
+            savers = (Checkpoint(),)
+            callbacks.extend(savers)
+        hooks = Hooks(callbacks, state, resumed=resumed)
         train_step = runner(state, hooks.after_backward)
-        return Run(state, plan, stream, validating, Meter(self._eval_metrics), cadence, hooks, train_step)
+        meter = Meter(self._eval_metrics)
+        return Run(state, plan, stream, validating, meter, cadence, hooks, train_step, state.step, savers=savers)
+
+    def _goes_back(self, setup: Mapping[str, Any], plan: Plan) -> bool:
+        """Whether there is something to resume: what memory holds, or the newest checkpoint, which is restored.
+
+        What has changed since is told in one warning, or is an error where it would make another run of it.
+        """
+        state = self.state
+        limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_")}
+        in_memory, failed = state.step > 0 or state.old_plan is not None, state.status == "failed"
+        if self.directory is not None and (failed or not in_memory):
+            found = runs.newest(self.directory)
+            if found is not None:
+                check(found[1])
+                changes = compare(found[1], setup, self._seed, limits)
+                self.restore(found[1])
+                _tell(changes, found[0])
+                return True
+        if not in_memory:
+            return False
+        changes = compare(state.outline(), setup, None, limits)
+        if failed:
+            changes = f"{changes}; " if changes else ""
+            changes += "the last fit failed within a step, of which a part may have been done"
+        _tell(changes, "memory")
+        return True
 
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
@@ -518,17 +652,35 @@ class Loop:
         history = directory / "history.jsonl"
         if self.state.step == 0 and history.is_file() and history.stat().st_size:
             raise ConfigurationError(
-                f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by restore()"
+                f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by "
+                f"fit(..., resume=True)"
             )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(f"directory={str(directory)!r} cannot be made: {error}") from error
+
+    def _stateful(self) -> dict[str, Stateful]:
+        return {key: one for key, one in callback.keys(self.callbacks).items() if isinstance(one, Stateful)}
 
     def _attach_callbacks(self) -> None:
-        for key, one in callback.keys(self.callbacks).items():
-            if hasattr(one, "state_dict") and hasattr(one, "load_state_dict"):
-                self.state.attach(f"callback/{key}", one, replace=True)
+        for key, one in self._stateful().items():
+            self.state.attach(f"callback/{key}", one, replace=True)
+
+
+def _take(state: LoopState, readings: dict[str, Any]) -> None:
+    state.values.update(readings)
+    if readings:
+        state.history.add(state.step, state.epoch, readings)
+
+
+def _read(path: Path) -> Any:
+    """The tree of a checkpoint's directory, or of the newest good one of a run directory."""
+    if path.is_dir() and runs.entries(path):
+        found = runs.newest(path)
+        return None if found is None else found[1]
+    return checkpoint.read(path)
+
+
+def _tell(changes: str, source: str | Path) -> None:
+    if changes:
+        warnings.warn(f"resumed from {source}, and since then has changed: {changes}", AxonWarning, stacklevel=5)
 
 
 def _optimizers(optimizer: Any) -> dict[str, Optimizer]:
@@ -577,3 +729,5 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
 
 
 END = object()
+# What an interruption can leave undone at the end of a step.
+VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"

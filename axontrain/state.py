@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from axontrain import display, randomness
 from axontrain.clock import Cadence, Every, Plan
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, unknown
 from axontrain.metrics.meter import Meter
+from axontrain.naming import clean_names
 from axontrain.objective import Step
 from axontrain.update import Update
 
@@ -48,9 +50,13 @@ class History:
     def __init__(self, path: Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.path = path
+        # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
+        self.partial: dict[str, Any] | None = None
 
-    def add(self, step: int, epoch: int, readings: Mapping[str, Any]) -> None:
-        """Add readings to the row of a step."""
+    def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
+        """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
+        if partial:
+            self.partial = {"row": dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None}
         if self.rows and self.rows[-1]["step"] == step:
             self.rows[-1].update({"epoch": epoch, **readings})
         else:
@@ -59,6 +65,26 @@ class History:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_jsonable({"epoch": epoch, "step": step, **readings}), allow_nan=False) + "\n")
+
+    def take_back(self) -> None:
+        """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
+        if self.partial is not None:
+            del self.rows[-1]
+            if self.partial["row"] is not None:
+                self.rows.append(self.partial["row"])
+            self.partial = None
+
+    def rewrite(self) -> None:
+        """Bring the file to these rows, at once or not at all: it may have rows of steps that a killed run has lost."""
+        if self.path is None or (not self.rows and not self.path.exists()):
+            return
+        lines = [json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in self.rows]
+        beside = self.path.with_name(f"{self.path.name}.tmp")
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path)
 
     @property
     def columns(self) -> list[str]:
@@ -123,6 +149,8 @@ class LoopState:
         last: the last Step; its loss and predictions are on the device.
         error: in ``on_error``, what was raised.
         validates: whether the present fit has validation data.
+        resumed: whether the present fit goes on inside an earlier one's plan.
+        directory: the run directory, if there is one.
     """
 
     def __init__(self, objective: nn.Module, optimizers: Mapping[str, Update], seed: int, train_meter: Meter) -> None:
@@ -141,7 +169,12 @@ class LoopState:
         self.rng: dict[str, Any] | None = None  # the run's own random stream, and whether it is the global one just now
         self.drawing = False
         self.request: Stop | StopEpoch | None = None
-        self.validates = False
+        self.validates = self.resumed = False
+        self.directory: Path | None = None
+        self.old_plan: Plan | None = None  # of the last fit, or of the one that is running
+        self.in_epoch = False  # whether before_epoch was called, and the epoch's end was not reached
+        self.owed: list[str] = []  # what an interruption has left undone at the last step's end
+        self.setup: dict[str, Any] = {}  # what the run was made of, to be compared when it is resumed
         self.attached: dict[str, Any] = {}
         self._cadences: dict[str, Cadence] = {}
         self._waiting: dict[str, Any] = {}
@@ -190,6 +223,11 @@ class LoopState:
         if name in self._waiting:
             part.load_state_dict(self._waiting.pop(name))
 
+    @property
+    def waiting(self) -> list[str]:
+        """The names of what was restored and has not been attached yet."""
+        return list(self._waiting)
+
     def cadence(self, name: str, every: Every) -> Cadence:
         """The cadence of that name: made at first, afterwards the one that remembers."""
         cadence = self._cadences.get(name)
@@ -209,10 +247,15 @@ class LoopState:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that going on bit for bit needs; no tensor in it is shared with what trains."""
+        return _cloned(self.live())  # type: ignore[no-any-return]
+
+    def live(self) -> dict[str, Any]:
+        """The same without a copy: true until training goes on."""
         rng = randomness.capture() if self.drawing else self.rng
         of_attached = {name: part.state_dict() for name, part in self.attached.items()}
-        state = {
-            "objective": dict(self.objective.state_dict()),
+        names = clean_names(self.objective)
+        return {
+            "objective": {names[key]: value for key, value in self.objective.state_dict().items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "counters": {
                 "epoch": self.epoch,
@@ -225,11 +268,21 @@ class LoopState:
             },
             "values": self.values,
             "history": self.history.rows,
+            "partial": self.history.partial,
+            "plan": None if self.old_plan is None else self.old_plan.state_dict(),
+            "owed": self.owed,
+            "in_epoch": self.in_epoch,
+            "setup": self.setup,
             "rng": rng,
             "meter": self.meter.state_dict(),
             "attached": {**self._waiting, **of_attached},
         }
-        return _cloned(state)  # type: ignore[no-any-return]
+
+    def outline(self) -> dict[str, Any]:
+        """Of ``state_dict`` what says where the run stands and what it was made of."""
+        counters = {"epoch": self.epoch, "step": self.step, "batch_index": self.batch_index, "seed": self.seed}
+        plan = None if self.old_plan is None else self.old_plan.state_dict()
+        return {"counters": counters, "plan": plan, "setup": self.setup}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave: the user builds the objects, the state fills them.
@@ -237,8 +290,7 @@ class LoopState:
         Raises:
             CheckpointError: if it is of another objective or other optimizers; nothing is changed then.
         """
-        own = self.objective.state_dict()
-        _check_fit(own, state["objective"], type(self.objective).__name__)
+        self._check_weights(state["objective"])
         if set(state["optimizers"]) != set(self.optimizers):
             raise CheckpointError(
                 f"the saved state has the optimizers {sorted(state['optimizers'])}, this Loop {sorted(self.optimizers)}"
@@ -248,20 +300,43 @@ class LoopState:
         state = _cloned(state)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.objective.load_state_dict(state["objective"])
+        self._load_weights(state["objective"])
         counters = state["counters"]
         self.epoch, self.step = counters["epoch"], counters["step"]
         self.samples, self.batch_index = counters["samples"], counters["batch_index"]
         self.epoch_length = counters.get("epoch_length")
         self._trained, self.seed = counters["elapsed"], counters["seed"]
-        self.values, self.history.rows = state["values"], state["history"]
+        self.values, self.history.rows, self.history.partial = state["values"], state["history"], state.get("partial")
+        plan = state.get("plan")
+        self.old_plan = None if plan is None else Plan.of(plan)
+        self.owed, self.in_epoch, self.setup = state.get("owed", []), state.get("in_epoch", False), state.get("setup", {})
         self.rng = state["rng"]
         self.meter.load_state_dict(state["meter"])
         self._waiting = dict(state["attached"])
         for name, part in self.attached.items():
             if name in self._waiting:
                 part.load_state_dict(self._waiting.pop(name))
+        if self.status != "running":
+            self.status = "ready"
         self.last = None
+
+    def load_weights(self, state: Mapping[str, Any]) -> None:
+        """Take the objective of a saved state alone: everything else stays as it is here.
+
+        Raises:
+            CheckpointError: if it is of another objective; nothing is changed then.
+        """
+        self._check_weights(state["objective"])
+        self._load_weights(_cloned(state["objective"]))
+
+    def _check_weights(self, saved: Mapping[str, Any]) -> None:
+        names = clean_names(self.objective)
+        own = {names[key]: value for key, value in self.objective.state_dict().items()}
+        _check_fit(own, saved, type(self.objective).__name__)
+
+    def _load_weights(self, saved: Mapping[str, Any]) -> None:
+        names = clean_names(self.objective)
+        self.objective.load_state_dict({key: saved[names[key]] for key in self.objective.state_dict()})
 
     def __repr__(self) -> str:
         return f"LoopState({self.status}, epoch={self.epoch}, step={self.step}, {self.values})"
@@ -344,10 +419,14 @@ def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> N
             )
         )
     for key, value in own.items():
-        if isinstance(value, Tensor) and value.shape != saved[key].shape:
+        if isinstance(value, Tensor) and value.shape != getattr(saved[key], "shape", None):
             raise CheckpointError(
-                f"the saved state is not of this {name}: {key} is {tuple(saved[key].shape)} there, {tuple(value.shape)} here"
+                f"the saved state is not of this {name}: {key} is {_shape(saved[key])} there, {_shape(value)} here"
             )
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else kind_of(value)
 
 
 def _jsonable(value: Any) -> Any:

@@ -60,6 +60,7 @@ class Update:
         self._schedulers: list[LRScheduler] = []
         for group in self._groups():
             group.setdefault("initial_lr", group["lr"])
+        self._made = _options(self._groups())
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
 
@@ -172,6 +173,11 @@ class Update:
             "skipped": self.skipped + skipped,
             "in_a_row": in_a_row,
         }
+
+    def described(self) -> dict[str, Any]:
+        """The options that it was made with, in plain values: to be kept with a state."""
+        of = {"clip_norm": self.spec.clip_norm, "clip_value": self.spec.clip_value, "sees progress": self.sees_progress}
+        return self._made | of
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise unless ``state`` is of such an optimizer; nothing is changed.
@@ -375,6 +381,25 @@ def _terms(loss: Tensor, terms: Mapping[str, Any]) -> str:
     told = {"loss": float(loss), **{name: float(value) for name, value in terms.items()}}
     values = ", ".join(f"{name} {value:g}" for name, value in told.items())
     return values if not all(map(math.isfinite, told.values())) else f"{values}, gradients not finite"
+
+
+def _options(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Options of parameter groups by name: one value where all have the same, else a list of each group's."""
+    ours = (
+        "params",
+        "initial_lr",
+        "fused",
+        "foreach",
+        "capturable",
+        "differentiable",
+    )  # which kernel, and not what it computes
+    names = dict.fromkeys(name for group in groups for name in group if name not in ours)
+    plain = {
+        name: [_plain(value.tolist() if isinstance(value := group.get(name), Tensor) else value) for group in groups]
+        for name in names
+        if all(_savable(group.get(name)) for group in groups)
+    }
+    return {name: values[0] if all(value == values[0] for value in values) else values for name, values in plain.items()}
 
 
 def _savable(value: Any) -> bool:

@@ -204,16 +204,16 @@ def test_next_step_is_never_too_late(k, n):
 
 
 @given(everies, st.integers(1, 100))
-def test_no_step_before_next_step_is_due(interval, n):
+def test_no_step_before_next_step_is_due_nor_any_time_before_the_seconds_are_over(interval, n):
     run, cadence = Run(), Cadence(Every(interval))
     cadence.start(run.after(0))
-    promised = cadence.next_step(run)
+    promised, until = cadence.next_step(run), run.elapsed + cadence.seconds_left(run)
     for step in range(1, n + 1):
         run.after(step)
         due = cadence.due(run)
         if run.batch_index:  # an epoch's end is asked about in any case
-            assert not due or step >= promised
-        promised = cadence.next_step(run)
+            assert not due or step >= promised or run.elapsed >= until - 1e-9
+        promised, until = cadence.next_step(run), run.elapsed + cadence.seconds_left(run)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 15), st.integers(1, 100))
@@ -266,7 +266,8 @@ def test_time_goes_by_seconds_of_training():
         if cadence.due(run):
             due.append(run.elapsed)
     assert due == [60.0, 200.0, 240.0]
-    assert cadence.next_step(Run(step=7)) == 8
+    assert cadence.next_step(Run(step=7)) == math.inf
+    assert cadence.seconds_left(Run(elapsed=250.0)) == 50.0
 
 
 @given(st.integers(1, 400), st.sampled_from([1, 2, 5, 10, 20, 25, 50]))

@@ -1,8 +1,9 @@
 """Callbacks: what happens beside training, one idea a file. None of them imports the loop."""
 
+from axontrain.callbacks.checkpoint import Checkpoint
 from axontrain.callbacks.early_stopping import EarlyStopping
 from axontrain.callbacks.learning_rate import LearningRate
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.callbacks.reduce_lr import ReduceLROnPlateau
 
-__all__ = ["EarlyStopping", "LearningRate", "ProgressBar", "ReduceLROnPlateau"]
+__all__ = ["Checkpoint", "EarlyStopping", "LearningRate", "ProgressBar", "ReduceLROnPlateau"]

@@ -57,6 +57,8 @@ class Monitor(Callback):
             )
         if state.step == 0:  # a run from the beginning: what another Loop reached says nothing of this one
             self.best, self.best_step, self.waited = self._worst(), None, 0
+        elif self.waited >= self.patience and state.resumed:  # it ended the run, and still does
+            return self.acts(state)
         elif self.waited >= self.patience:  # it ended the fit before; this one is to go on
             self.waited = 0
         return None

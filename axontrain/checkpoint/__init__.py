@@ -1,5 +1,6 @@
 """Checkpoints: a state as safetensors and JSON in a directory, committed whole or not at all."""
 
-from axontrain.checkpoint.directory import name_of, read, write
+from axontrain.checkpoint.directory import read, write
+from axontrain.checkpoint.runs import name_of
 
 __all__ = ["name_of", "read", "write"]

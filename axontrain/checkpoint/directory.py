@@ -23,31 +23,75 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from axontrain.checkpoint.encode import decode, encode
-from axontrain.errors import CheckpointError
+from axontrain.checkpoint.encode import DTYPES, decode, encode, parsed, told_of
+from axontrain.errors import CheckpointError, kind_of
 
 FORMAT = 1
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-MOST_BYTES = {STATE: 64 * 2**20, MANIFEST: 2**20}  # JSON takes many times its size in memory
+TENSORS, STATE, ABOUT, MANIFEST = "tensors.safetensors", "state.json", "about.json", "manifest.json"
+MOST_BYTES = {STATE: 64 * 2**20, ABOUT: 2**20, MANIFEST: 2**20}  # JSON takes many times its size in memory
+MOST_HEADER, MOST_TENSORS, MOST_DIMENSIONS = 32 * 2**20, 200_000, 64
+HOLES, HOLES_BEYOND = 1024, 2**30  # so many times its blocks on the disk, and so many bytes: a file of nothing
 
 
-def name_of(step: int) -> str:
-    """The directory name of the checkpoint of a step.
+class Encoded(NamedTuple):
+    """A tree as it is written: JSON text, tensors on the CPU, and what is said of it (see :func:`about`)."""
 
-    >>> name_of(123)
-    'step-000000123'
+    text: str
+    tensors: dict[str, Tensor]
+    about: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk, but for a few."""
+        return len(self.text) + len(self.about) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def encoded(tree: Any, about: Mapping[str, Any] | None = None) -> Encoded:
+    """Make ready to be written, without a copy where none is needed: it is what the tensors hold when they are written.
+
+    Raises:
+        CheckpointError: if something in the tree cannot be saved, naming its place.
     """
-    return f"step-{step:09d}"
+    text, tensors = encode(tree)
+    if len(text) > MOST_BYTES[STATE]:
+        raise CheckpointError(
+            f"the state is {len(text):,} bytes of JSON without its tensors, and no more than {MOST_BYTES[STATE]:,} are read "
+            f"back: hold long lists of numbers as tensors"
+        )
+    header = sum(len(json.dumps(name)) + 100 + 21 * tensor.dim() for name, tensor in tensors.items())
+    if len(tensors) > MOST_TENSORS or header > MOST_HEADER:
+        raise CheckpointError(
+            f"the state has {len(tensors):,} tensors, whose names and shapes take {header:,} bytes; no more than "
+            f"{MOST_TENSORS:,} and {MOST_HEADER:,} are read back: stack those that are alike"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dim() > MOST_DIMENSIONS:
+            raise CheckpointError(
+                f"the tensor {name!r} has {tensor.dim()} dimensions, and no more than {MOST_DIMENSIONS} are read back"
+            )
+    told, others = encode(dict(about or {}))
+    if others or len(told) > MOST_BYTES[ABOUT]:
+        raise CheckpointError(
+            f"what is said about a checkpoint is plain values, of no more than {MOST_BYTES[ABOUT]:,} bytes of JSON; this is "
+            f"{len(told):,} bytes and {len(others)} tensors"
+        )
+    return Encoded(text, tensors, told)
 
 
-def write(path: str | os.PathLike[str], tree: Any) -> Path:
+def write(path: str | os.PathLike[str], tree: Any, about: Mapping[str, Any] | None = None) -> Path:
     """Commit a tree to the directory ``path``, replacing a checkpoint that is there.
+
+    Args:
+        path: of the checkpoint's directory.
+        tree: numbers, text, None, tensors, and lists and mappings of them.
+        about: what a list of checkpoints shows without reading the whole; plain values.
 
     Raises:
         CheckpointError: if something in the tree cannot be saved, or ``path`` is something else than a checkpoint;
@@ -58,27 +102,26 @@ def write(path: str | os.PathLike[str], tree: Any) -> Path:
     ours = all((target / name).is_file() for name in (TENSORS, STATE)) or (target.is_dir() and not any(target.iterdir()))
     if target.exists() and not ours:
         raise CheckpointError(f"{target} is there and is no checkpoint: choose another path, nothing was written")
-    text, tensors = encode(tree)
-    if len(text) > MOST_BYTES[STATE]:
-        raise CheckpointError(
-            f"the state is {len(text):,} bytes of JSON without its tensors, and no more than {MOST_BYTES[STATE]:,} are read "
-            f"back: hold long lists of numbers as tensors"
-        )
+    return commit(target, encoded(tree, about))
+
+
+def commit(target: Path, what: Encoded) -> Path:
+    """Write what was made ready, replacing whatever is at ``target``: the part of :func:`write` that takes time."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target, "tmp")
-    if _left(target, "old") and _is_whole(target):  # else one of them may be all that there is
+    if _left(target, "old") and is_whole(target):  # else one of them may be all that there is
         _sync(target.parent)
         _sweep(target, "old")
-    beside, aside = _next(target, "tmp"), _next(target, "old")
+    new, aside = beside(target, "tmp"), beside(target, "old")
     try:
-        _fill(beside, text, tensors)
+        _fill(new, what)
         if target.exists():
             target.rename(aside)
-        beside.rename(target)
+        new.rename(target)
     except BaseException:
         if aside.exists() and not target.exists():
             aside.rename(target)
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
         raise
     _sync(target.parent)
     _sweep(target, "old")
@@ -100,14 +143,58 @@ def read(path: str | os.PathLike[str]) -> Any:
     raise CheckpointError(f"{source} is not there")
 
 
-def _fill(directory: Path, text: str, tensors: dict[str, Tensor]) -> None:
+def about(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What was said of a checkpoint when it was written, checked against its manifest; of its other files the sizes are.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, or damaged so far.
+    """
+    source = Path(path)
+    listed = _listed(source)
+    for name, described in listed.items():
+        _check_size(source, name, described)
+    if ABOUT not in listed:
+        return {}
+    _check(source, ABOUT, listed[ABOUT])
+    told = _json(source / ABOUT, {})
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{source / ABOUT} is {kind_of(told)}, no mapping")
+    return told
+
+
+def verify(path: str | os.PathLike[str]) -> None:
+    """Check every byte of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, incomplete or damaged; it says which file and how.
+    """
+    source = Path(path)
+    listed = _listed(source)
+    for name, described in listed.items():  # all of them at first, as it costs nothing
+        _check_size(source, name, described)
+    _check_header(_file(source, TENSORS))
+    for name, described in listed.items():
+        _check(source, name, described)
+
+
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint verifies."""
+    try:
+        verify(path)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _fill(directory: Path, what: Encoded) -> None:
     directory.mkdir()
     try:
-        save_file(tensors, directory / TENSORS)
+        save_file(what.tensors, directory / TENSORS)
     except SafetensorError as error:  # its own words for what the disk said
         raise OSError(f"{directory / TENSORS} could not be written: {error}") from error
-    (directory / STATE).write_text(text, encoding="utf-8")
-    files = {name: _described(directory / name) for name in (TENSORS, STATE)}
+    (directory / STATE).write_text(what.text, encoding="utf-8")
+    (directory / ABOUT).write_text(what.about, encoding="utf-8")
+    files = {name: _described(directory / name) for name in (TENSORS, STATE, ABOUT)}
     for name in files:
         _sync(directory / name)
     (directory / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
@@ -116,34 +203,77 @@ def _fill(directory: Path, text: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _read(source: Path) -> Any:
-    _verify(source)
+    verify(source)
     try:
         tensors = load_file(source / TENSORS)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
-        raise CheckpointError(f"{source / TENSORS} cannot be read: {error}") from error
+        raise CheckpointError(f"{source / TENSORS} cannot be read: {told_of(error)}") from error
+    for name, tensor in tensors.items():
+        # Torch counts what is true to know where to write, and would count such a byte as more than one.
+        if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise CheckpointError(f"{source / TENSORS} cannot be read: {told_of(name)} holds what is neither true nor false")
     return _json(_file(source, STATE), tensors)
 
 
-def _verify(source: Path) -> None:
-    """Check a checkpoint's files against its manifest."""
+def _listed(source: Path) -> dict[str, Any]:
+    """The files of a checkpoint with their sizes and sums, as its manifest says."""
     manifest = _json(_file(source, MANIFEST), {})
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{source} is damaged: {MANIFEST} does not list its files")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{source} has the format {manifest.get('format')!r}; this axontrain reads {FORMAT}")
-    for name in (TENSORS, STATE):
-        expected, found = manifest["files"].get(name), _described(_file(source, name))
-        if expected != found:
-            how = "size" if not isinstance(expected, dict) or expected.get("size") != found["size"] else "content"
-            raise CheckpointError(f"{source} is damaged: {name} is not of the {how} that its manifest says")
+        raise CheckpointError(f"{source} has the format {told_of(manifest.get('format'))}; this axontrain reads {FORMAT}")
+    listed: dict[str, Any] = manifest["files"]
+    if not {TENSORS, STATE} <= set(listed) <= {TENSORS, STATE, ABOUT}:  # nor is a manifest to lead out of its directory
+        raise CheckpointError(f"{source} is damaged: {MANIFEST} lists {kind_of(sorted(listed))}, which are other files")
+    return listed
 
 
-def _is_whole(source: Path) -> bool:
+def _check_size(source: Path, name: str, expected: Any) -> None:
+    size = _file(source, name).stat().st_size
+    if not isinstance(expected, dict) or type(expected.get("size")) is not int or expected["size"] != size:
+        raise CheckpointError(f"{source} is damaged: {name} is not of the size that its manifest says")
+
+
+def _check_header(file: Path) -> None:
+    """Raise unless the tensors are described as they are written here: safetensors lets more pass, and takes long over it."""
+    damaged = f"{file} is damaged: its header"
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(MOST_HEADER, file.stat().st_size - 8):
+            raise CheckpointError(f"{damaged} is said to be of {length:,} bytes")
+        header = stream.read(length)
+    if header.count(b"{") > MOST_TENSORS + 1:
+        raise CheckpointError(f"{damaged} has more than {MOST_TENSORS:,} tensors")
     try:
-        _verify(source)
-    except (CheckpointError, OSError):
+        tensors = parsed(header.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{damaged} is no JSON that axontrain wrote: {told_of(error)}") from error
+    for name, described in tensors.items() if isinstance(tensors, dict) else [("it", tensors)]:
+        if not _is_described(described):
+            raise CheckpointError(f"{damaged} describes {told_of(name)} as no tensor that axontrain wrote")
+
+
+def _is_described(tensor: Any) -> bool:
+    if not isinstance(tensor, dict) or set(tensor) != {"dtype", "shape", "data_offsets"}:
         return False
-    return True
+    dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    if (
+        not isinstance(dtype, str)
+        or dtype not in DTYPES.values()
+        or not isinstance(shape, list)
+        or not isinstance(offsets, list)
+    ):
+        return False
+    if len(shape) > MOST_DIMENSIONS or len(offsets) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < 2**63 for number in (*shape, *offsets))
+
+
+def _check(source: Path, name: str, expected: Any) -> None:
+    _check_size(source, name, expected)
+    file = _file(source, name)
+    if expected != _described(file):
+        raise CheckpointError(f"{source} is damaged: {name} is not of the content that its manifest says")
 
 
 def _file(source: Path, name: str) -> Path:
@@ -152,8 +282,11 @@ def _file(source: Path, name: str) -> Path:
     if not file.is_file() or file.is_symlink():
         how = "no checkpoint: it has no" if name == MANIFEST else "incomplete: it has no"
         raise CheckpointError(f"{source} is {how} {name}")
-    if name in MOST_BYTES and file.stat().st_size > MOST_BYTES[name]:
+    found = file.stat()
+    if name in MOST_BYTES and found.st_size > MOST_BYTES[name]:
         raise CheckpointError(f"{source} is damaged: {name} is larger than {MOST_BYTES[name]:,} bytes")
+    if found.st_size > HOLES_BEYOND and 0 < getattr(found, "st_blocks", 0) * 512 < found.st_size / HOLES:
+        raise CheckpointError(f"{source} is damaged: {name} is one large hole, {found.st_size:,} bytes that are not there")
     return file
 
 
@@ -171,7 +304,7 @@ def _left(target: Path, kind: str) -> list[Path]:
     return sorted(file for file in files if name.fullmatch(file.name))
 
 
-def _next(target: Path, kind: str) -> Path:
+def beside(target: Path, kind: str) -> Path:
     """A new name beside a target, after those that are there."""
     left = _left(target, kind)
     number = int(left[-1].name.split("-")[-2]) + 1 if left else 0

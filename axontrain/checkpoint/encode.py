@@ -24,11 +24,16 @@ DEPTH = 100
 DIGITS = 640
 BEYOND = 10**DIGITS
 
+MOST_VALUES = 2_000_000  # each takes time, and some hundred bytes of memory, however short it is in the file
+SHOWN = 200  # characters, of what a stranger wrote
+
 # What safetensors has a name for.
 DTYPES = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
-    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.float8_e8m0fnu: "F8_E8M0",
 }  # fmt: skip
 
 
@@ -45,7 +50,13 @@ def encode(tree: Any) -> tuple[str, dict[str, Tensor]]:
     """
     tensors: dict[str, Tensor] = {}
     plain = _encoded(tree, (), tensors)
-    return json.dumps(plain, allow_nan=False, separators=(",", ":"), ensure_ascii=True), _apart(tensors)
+    text = json.dumps(plain, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
+    if _values(text) > MOST_VALUES:
+        raise CheckpointError(
+            f"the state has {_values(text):,} values, and no more than {MOST_VALUES:,} are read back: hold long lists of "
+            f"numbers as tensors"
+        )
+    return text, _apart(tensors)
 
 
 def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -54,11 +65,36 @@ def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
     Raises:
         CheckpointError: for anything that ``encode`` does not write.
     """
+    left = dict(tensors)
     try:
-        plain = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
-        return _decoded(plain, tensors, 0)
+        tree = _decoded(parsed(text), left, 0)
+        if left:
+            raise ValueError(f"it does not speak of {len(left)} of the tensors, as {told_of(next(iter(left)))}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the state is no JSON that axontrain wrote: {error or type(error).__name__}") from error
+        raise CheckpointError(f"the state is no JSON that axontrain wrote: {told_of(error)}") from error
+    return tree
+
+
+def parsed(text: str) -> Any:
+    """Parse JSON more strictly than Python does, and within a bound of time and memory.
+
+    Raises:
+        ValueError: for what is no JSON, has a key twice in an object, a number without bounds or too many values.
+        RecursionError: for what is nested too deep.
+    """
+    if _values(text) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
+
+
+def told_of(value: Any) -> str:
+    """Something out of a stranger's file, as it may be shown: short, and without what a terminal would act on."""
+    if isinstance(value, Exception):
+        text = str(value)[: SHOWN + 1] or type(value).__name__
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    else:
+        text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -119,28 +155,38 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _decoded(value: Any, tensors: Mapping[str, Tensor], depth: int) -> Any:
+def _decoded(value: Any, left: dict[str, Tensor], depth: int) -> Any:
+    """The value with the tensors in it, each of which is taken from what is left of them: none stands in two places."""
     if depth > DEPTH:
         raise ValueError(f"it goes on for more than {DEPTH} levels")
     if isinstance(value, list):
-        return [_decoded(item, tensors, depth + 1) for item in value]
+        return [_decoded(item, left, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number is too large")
     if not isinstance(value, dict):
         return value
-    if set(value) == {TENSOR}:
-        name = value[TENSOR]
-        if not isinstance(name, str) or name not in tensors:
-            raise ValueError(f"it names a tensor {name!r} that is not there")
-        return tensors[name]
-    if set(value) == {FLOAT}:
-        number = value[FLOAT]
-        if not isinstance(number, str) or number not in FLOATS:
-            raise ValueError(f"{number!r} is no number")
-        return FLOATS[number]
-    if any(key.startswith("$") for key in value):
+    for key in value:
+        if key.startswith("$"):
+            return _marked(value, left)
+    return {key: _decoded(item, left, depth + 1) for key, item in value.items()}
+
+
+def _marked(value: dict[str, Any], left: dict[str, Tensor]) -> Any:
+    key, item = next(iter(value.items()))
+    if len(value) > 1 or key not in (TENSOR, FLOAT):
         raise ValueError("a key begins with $")
-    return {key: _decoded(item, tensors, depth + 1) for key, item in value.items()}
+    if key == TENSOR:
+        if not isinstance(item, str) or item not in left:
+            raise ValueError(f"it names a tensor {told_of(item)} that is not there, or that stands elsewhere already")
+        return left.pop(item)
+    if not isinstance(item, str) or item not in FLOATS:
+        raise ValueError(f"{told_of(item)} is no number")
+    return FLOATS[item]
+
+
+def _values(text: str) -> int:
+    """About how many values a JSON text has: no fewer."""
+    return text.count(",") + text.count("[") + text.count("{") + 1
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

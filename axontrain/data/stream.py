@@ -154,6 +154,23 @@ class Stream:
         if self.source is not None and state:
             self.source.load_state_dict(state)
 
+    def described(self) -> dict[str, Any]:
+        """What decides which batches there are, in plain values: to be kept with a state."""
+        loader = self.loader
+        data = self.data if loader is None else loader.dataset
+        of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit}
+        if loader is None:
+            return of
+        return of | {
+            "samples": None if loader.iterable else len(loader.dataset),
+            "batch_size": loader.batch_size,
+            "shuffle": loader.shuffle,
+            "drop_last": loader.drop_last,
+            "sampler": None if loader.sampler is None else type(loader.sampler).__name__,
+            "batch_sampler": None if loader.batch_sampler is None else type(loader.batch_sampler).__name__,
+            "seed": loader.seed,
+        }
+
     def close(self) -> None:
         """End the workers of a Loader."""
         if self.loader is not None:

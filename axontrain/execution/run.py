@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from axontrain import randomness
-from axontrain.callback import Hooks
+from axontrain.callback import Hooks, Saver
 from axontrain.clock import Cadence, Plan
 from axontrain.data.stream import Stream
+from axontrain.errors import WorkerError
 from axontrain.execution import modes
 from axontrain.execution.notes import note
-from axontrain.execution.signals import interruptible
+from axontrain.execution.signals import SIGTERM, TERMINATED, interruptible
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Step, task_of
@@ -28,7 +29,7 @@ READ_EVERY_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Interrupt(Stop):
-    """Ctrl-C, as a request like a hook's."""
+    """Ctrl-C or SIGTERM, as a request like a hook's."""
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class Run:
     validate: Cadence
     hooks: Hooks
     train_step: Runner
+    first_step: int  # the state's, when it began
     next_step: float = 0
     next_time: float = 0.0
     next_reading: float = 0.0
@@ -51,6 +53,9 @@ class Run:
     batch: Any = None
     validated: bool = False
     exhausted: bool = False
+    terminated: bool = False
+    savers: tuple[Saver, ...] = ()
+    lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
     def goes_on(self) -> bool:
         """Whether there is more to train: no limit reached, no stop asked for."""
@@ -64,15 +69,30 @@ class Run:
             self.status, self.reason = "completed", reached
         return reached is None
 
+    def begin_epoch(self) -> None:
+        """``before_epoch``; where a run is resumed within an epoch, that has had its draws already."""
+        state, hook = self.state, self.hooks.before_epoch
+        if hook is not None:
+            with randomness.kept() if state.resumed and state.in_epoch else contextlib.nullcontext():
+                hook(state)
+        state.in_epoch = True
+
     def batches(self) -> Iterator[Any]:
         """The batches of the present epoch that have not been trained on; none once a stop was asked for."""
         state, self.exhausted = self.state, False
         if state.request is not None:
             return
-        for batch in self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index):
-            self.batch = batch
-            yield batch
-            self.batch = None
+        try:
+            for batch in self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index):
+                if isinstance(state.request, Interrupt):  # it came while the batch was made: no step is in hand
+                    return
+                self.batch = batch
+                yield batch
+                self.batch = None
+        except WorkerError:
+            if isinstance(state.request, Interrupt):  # SIGTERM for all of a group of processes: the workers are gone too
+                return
+            raise
         if state.batch_index == 0:
             raise self.train.empty()
         if state.step == self.plan.start_step and state.batch_index == self.plan.start_index:
@@ -95,17 +115,33 @@ class Run:
         return self.exhausted or through or isinstance(state.request, StopEpoch)
 
     def interrupted(self) -> bool:
-        """Whether Ctrl-C was seen."""
+        """Whether Ctrl-C or SIGTERM was seen."""
         return isinstance(self.state.request, Interrupt)
+
+    def leaves_out(self) -> bool:
+        """Whether a hook has said, before a batch, that it is not to be trained on; Ctrl-C ends the step in hand."""
+        return self.state.request is not None and not self.interrupted()
+
+    def save(self) -> None:
+        """Let those act who save, if all of this step is done."""
+        if not self.state.owed:
+            for saver in self.savers:
+                saver.at_step_end(self.state)
+
+    def exit_if_terminated(self) -> None:
+        """After SIGTERM, when all is saved: end the program, as it was asked to."""
+        if self.terminated:
+            raise SystemExit(TERMINATED)
 
     def look_ahead(self) -> None:
         """Work out at which step and at what time the loop next has to look up; the batches between need no thought."""
         state, plan = self.state, self.plan
-        self.next_step = min(plan.last_step, self.validate.next_step(state))
+        self.next_step = min(plan.last_step, self.validate.next_step(state), *(s.next_step(state) for s in self.savers))
         now = time.perf_counter()
         if now >= self.next_reading:
             self.next_reading = now + READ_EVERY_SECONDS
-        self.next_time = self.next_reading
+        left = min([self.validate.seconds_left(state), *(saver.seconds_left(state) for saver in self.savers)])
+        self.next_time = min(self.next_reading, now + left)
         if plan.seconds is not None:
             left = plan.start_elapsed + plan.seconds - state.elapsed
             self.next_time = min(self.next_time, now + max(0.0, left))
@@ -126,15 +162,19 @@ def session(run: Run) -> Iterator[None]:
     """
     state, hooks = run.state, run.hooks
     state.status, state.plan, state.request, state.error = "running", run.plan, None, None
+    state.old_plan = run.plan
     clear_gradients(state.objective)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(interruptible(lambda: ask(run)))
+        stack.enter_context(run.lock)
+        stack.enter_context(interruptible(lambda reason: ask(run, reason)))
         stack.enter_context(modes.training(state.objective))
         stack.enter_context(stream_of(state))
         state.start_clock()
         try:
             if hooks.before_fit is not None:
-                hooks.before_fit(state)
+                # The run that is resumed had it before its first step: what is drawn there is not to be drawn twice.
+                with randomness.kept() if state.resumed else contextlib.nullcontext():
+                    hooks.before_fit(state)
             run.look_ahead()
             yield
             state.status = run.status
@@ -149,18 +189,22 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            run.terminated = isinstance(state.request, Interrupt) and state.request.reason == SIGTERM
             run.batch = None
             for stream in (run.train, run.validation):
                 if stream is not None:
                     stream.close()
             if hooks.after_fit is not None:
                 hooks.after_fit(state)
-            state.request, state.plan = None, None
+            for saver in run.savers:
+                saver.close(state)
+            state.request, state.plan, state.resumed = None, None, False
 
 
-def ask(run: Run) -> None:
+def ask(run: Run, reason: str) -> None:
     """Take an interrupt: the loop sees it after the step in hand, or the batch of validation."""
-    run.state.request = Interrupt("Ctrl-C")
+    if not (run.interrupted() and reason != SIGTERM):  # SIGTERM outranks Ctrl-C
+        run.state.request = Interrupt(reason)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first asks the run to end after the step in hand, the second raises KeyboardInterrupt."""
+"""Ctrl-C and SIGTERM: the first asks the run to end after the step in hand; a second Ctrl-C raises KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -8,31 +8,38 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+CTRL_C, SIGTERM = "Ctrl-C", "SIGTERM"
+TERMINATED = 128 + signal.SIGTERM  # the exit status that shells and schedulers expect of what SIGTERM has ended
+
 
 @contextlib.contextmanager
-def interruptible(ask: Callable[[], None]) -> Iterator[None]:
-    """Call ``ask`` at the first SIGINT within the block. Handlers are put back after it.
+def interruptible(ask: Callable[[str], None]) -> Iterator[None]:
+    """Call ``ask`` with the name at the first SIGINT, and at any SIGTERM, within the block. Handlers are put back after it.
 
     Only the main thread can take signals, and a handler that is not Python's own belongs to the user: both are left alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:
-        yield
-        return
     asked = False
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
+    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
         asked = True
-        ask()
+        ask(CTRL_C)
 
-    signal.signal(signal.SIGINT, handle)
-    try:
+    def on_terminate(_signal: int, _frame: FrameType | None) -> None:
+        ask(SIGTERM)
+
+    with contextlib.ExitStack() as handlers:
+        for number, plain, handler in (
+            (signal.SIGINT, signal.default_int_handler, on_interrupt),
+            (signal.SIGTERM, signal.SIG_DFL, on_terminate),
+        ):
+            before = signal.getsignal(number)
+            if before is plain:
+                signal.signal(number, handler)
+                handlers.callback(signal.signal, number, before)
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)

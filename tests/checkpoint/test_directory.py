@@ -15,7 +15,7 @@ from safetensors.torch import save
 from axontrain import CheckpointError
 from axontrain.checkpoint import name_of, read, write
 
-TENSORS, STATE, MANIFEST = FILES = ("tensors.safetensors", "state.json", "manifest.json")
+TENSORS, STATE, ABOUT, MANIFEST = FILES = ("tensors.safetensors", "state.json", "about.json", "manifest.json")
 
 
 def tree(number=0):
@@ -29,7 +29,7 @@ def assert_whole(found, number):
 
 @pytest.fixture
 def saved(tmp_path):
-    return write(tmp_path / "saved", tree())
+    return write(tmp_path / "saved", tree(), {"number": 0})
 
 
 def forge(path, **files):
@@ -60,11 +60,11 @@ def in_own_process(script, *arguments):
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_three_files_that_the_manifest_describes(saved):
+def test_a_checkpoint_is_four_files_that_the_manifest_describes(saved):
     assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
     manifest = json.loads((saved / MANIFEST).read_text())
     assert manifest["format"] == 1
-    for name in (TENSORS, STATE):
+    for name in (TENSORS, STATE, ABOUT):
         content = (saved / name).read_bytes()
         assert manifest["files"][name] == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -288,7 +288,7 @@ def test_a_missing_file_is_named(saved, tmp_path, name, instead):
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_of_two_checkpoints_do_not_mix(saved, tmp_path, name):
-    other = write(tmp_path / "other", tree(1))
+    other = write(tmp_path / "other", tree(1), {"number": 1})
     assert (saved / TENSORS).stat().st_size == (other / TENSORS).stat().st_size
     shutil.copy(other / name, saved / name)
     with pytest.raises(CheckpointError, match=r"damaged: .* is not of the content that its manifest says"):

@@ -1,0 +1,225 @@
+"""Checkpoint: the whole state, saved into the run directory at a cadence, the best kept, the superfluous pruned."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from axontrain.callback import Answer, Saver
+from axontrain.callbacks.monitor import better_of
+from axontrain.checkpoint import background, directory, runs
+from axontrain.checkpoint.encode import encode
+from axontrain.clock import Cadence, Every
+from axontrain.errors import AxonWarning, CheckpointError, ConfigurationError, unknown, whole
+from axontrain.state import LoopState
+
+# Below this, writing costs less than the fork and the copies that it makes training pay for.
+SMALL_BYTES = 8 * 2**20
+DEFAULT = ("1 epoch", "10 min")
+
+
+class Checkpoint(Saver):
+    """Save the whole state into the Loop's ``directory``, so that ``fit(..., resume=True)`` goes on from there.
+
+    A Loop with a directory has one of these unless it is given another; the end of a fit is always saved, that by Ctrl-C or
+    SIGTERM too. Checkpoints are committed whole, verified, and only then are older ones pruned. Large states are written by
+    another process while training goes on; a failure there is told at the next step, and the fit does not end before it.
+
+    Args:
+        every: when to save (see :class:`axontrain.Every`); unless given, at each epoch's end and every ten minutes.
+        keep_last: how many of the newest to keep; None keeps all. With two, one may be damaged.
+        best: a reading, as ``"val/loss"``: whenever it is read and is one of the best, the state of that step is saved, and
+            its name tells the reading. NaN is never a best; of equal ones the earlier stays.
+        keep_best: how many of the best to keep, beside the last.
+        mode: "min" or "max", which is better; told from the name where it is a known one.
+        permanent: save at these times too, and never prune what was saved then: a cadence, as ``"10 epochs"``.
+        on_failure: "raise" ends the fit when a checkpoint cannot be written; "warn" trains on without it. What was written
+            before is intact in either case.
+        asynchronous: write in another process: None where that pays, False never, True always (Linux).
+        first, after, before: of ``every``: see :class:`axontrain.Every`.
+
+    >>> Checkpoint(every="1000 steps", keep_last=3, best="val/accuracy", keep_best=2)
+    Checkpoint(every='1000 steps', keep_last=3, best='val/accuracy', keep_best=2)
+    """
+
+    def __init__(
+        self,
+        every: Any = None,
+        *,
+        keep_last: int | None = 2,
+        best: str | None = None,
+        keep_best: int = 1,
+        mode: str | None = None,
+        permanent: Any = None,
+        on_failure: str = "raise",
+        asynchronous: bool | None = None,
+        **bounds: Any,
+    ) -> None:
+        bounded = any(bound is not None for bound in bounds.values())
+        super().__init__(every=DEFAULT[0] if every is None and bounded else every, **bounds)
+        if mode not in (None, "min", "max"):
+            raise unknown("mode", mode, ("min", "max"))
+        if on_failure not in ("raise", "warn"):
+            raise unknown("on_failure", on_failure, ("raise", "warn"))
+        if asynchronous and not background.AVAILABLE:
+            raise ConfigurationError(
+                "asynchronous=True: this platform has no safe fork; leave it out, and saves are waited for"
+            )
+        last = None if keep_last is None else whole("keep_last", keep_last, what="of checkpoints")
+        count = whole("keep_best", keep_best, what="of checkpoints") if best is not None else 0
+        self.keep = runs.Keep(last, count, best, mode or ("min" if best is None else better_of(best)))
+        self.permanent = None if permanent is None else Every.parse(permanent, "permanent")
+        self.on_failure, self.asynchronous = on_failure, asynchronous
+        self._cadences: list[Cadence] = []
+        self._permanent: Cadence | None = None
+        self._job: background.Job | None = None
+        self._writing = ""  # the name of what the job writes
+        self._at: tuple[int, int, int] | None = None  # the place in the run that was saved last
+        self._at_permanent = False
+
+    def __repr__(self) -> str:
+        of = [] if self.every is None else [f"every='{self.every.interval or self.every.predicate}'"]
+        of.append(f"keep_last={self.keep.last}")
+        if self.keep.monitor is not None:
+            of += [f"best={self.keep.monitor!r}", f"keep_best={self.keep.best}"]
+        return f"Checkpoint({', '.join(of)})"
+
+    def before_fit(self, state: LoopState) -> Answer:
+        """Complain now rather than when there is something to lose."""
+        if state.directory is None:
+            raise ConfigurationError(f"{self!r} has nowhere to save to: ax.Loop(..., directory='runs/first')")
+        if self.keep.monitor is not None and self.keep.monitor.startswith("val/") and not state.validates:
+            raise ConfigurationError(
+                f"{self!r} ranks by {self.keep.monitor!r}, but this fit has no validation data: fit(train, validation, ...)"
+            )
+        for name, part in state.attached.items():
+            encode({"attached": {name: part.state_dict()}})  # what cannot be saved is an error before the first step
+        every: tuple[str | Every, ...] = DEFAULT if self.every is None else (self.every,)
+        self._cadences = [
+            state.cadence(f"Checkpoint.every{number or ''}", Every.parse(one)) for number, one in enumerate(every)
+        ]
+        self._permanent = None if self.permanent is None else state.cadence("Checkpoint.permanent", self.permanent)
+        for cadence in self._all():
+            cadence.start(state, resumed=state.resumed)
+        self._at = None
+        return None
+
+    def next_step(self, state: LoopState) -> float:
+        """The next step at which one of the cadences can be due; the very next while something is being written."""
+        if self._job is not None:
+            return state.step + 1
+        return min(cadence.next_step(state) for cadence in self._all())
+
+    def seconds_left(self, state: LoopState) -> float:
+        """The time until one of the cadences is due."""
+        return min(cadence.seconds_left(state) for cadence in self._all())
+
+    def at_step_end(self, state: LoopState) -> None:
+        """Save, where a cadence is due or the reading is one of the best."""
+        if self._job is not None and self._job.over():
+            self._finish()
+        due = [cadence.due(state) for cadence in self._all()]  # each is asked, since asking takes the occasion
+        permanent = self._permanent is not None and due[-1]
+        if any(due) or self._is_best(state):
+            self._save(state, permanent=permanent)
+
+    def at_fit_end(self, state: LoopState) -> None:
+        """Save where the fit has ended, unless that was done already; wait until it is written."""
+        self._finish()
+        saved = self._at == _place(state)
+        if not saved or state.owed or state.history.partial is not None:
+            self._save(state, permanent=saved and self._at_permanent, wait=True)
+
+    def close(self, state: LoopState) -> None:
+        """Wait for what is being written. An error has ended the fit already, and is not to be hidden by another."""
+        if isinstance(state.error, Exception):
+            try:
+                self._finish()
+            except (CheckpointError, OSError) as error:
+                state.error.add_note(str(error))
+        elif state.error is None:
+            self._finish()
+        # After a second Ctrl-C nothing is waited for, but by the end of the program.
+
+    def _all(self) -> list[Cadence]:
+        return self._cadences if self._permanent is None else [*self._cadences, self._permanent]
+
+    def _is_best(self, state: LoopState) -> bool:
+        value = self._reading(state)
+        if math.isnan(value):
+            return False
+        if self._job is not None:  # of which it is not known yet
+            self._finish()
+        return self.keep.is_among_best(value, runs.entries(_directory(state)))
+
+    def _reading(self, state: LoopState) -> float:
+        """The reading that checkpoints are ranked by, if it was taken at this very step."""
+        rows, monitor = state.history.rows, self.keep.monitor
+        value = rows[-1].get(monitor) if monitor is not None and rows and rows[-1]["step"] == state.step else None
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigurationError(f"{self!r} ranks by a reading that is no single number")
+        return math.nan if value is None else float(value)
+
+    def _save(self, state: LoopState, *, permanent: bool, wait: bool = False) -> None:
+        self._finish()
+        where = _directory(state)
+        self._writing = name = runs.name_of(state.step, self.keep.monitor, self._reading(state))
+        number = max((entry.number for entry in runs.entries(where)), default=0) + 1
+        about = runs.told_of(state) | {"number": number, "permanent": permanent, "time": time.time()}
+        what = directory.encoded(state.live(), about)
+        apart = self._goes_apart(what, wait)
+        if apart:
+            what = what._replace(tensors={key: background.private(tensor) for key, tensor in what.tensors.items()})
+        work = partial(runs.commit, where, name, what, self.keep)
+        self._at, self._at_permanent = _place(state), permanent
+        if apart and self._begin(work):
+            return
+        try:
+            work()
+        except (OSError, CheckpointError) as error:
+            self._fail(error)
+
+    def _goes_apart(self, what: directory.Encoded, wait: bool) -> bool:
+        if wait or self.asynchronous is False or not background.AVAILABLE:
+            return False
+        return bool(self.asynchronous) or what.bytes >= SMALL_BYTES
+
+    def _begin(self, work: Any) -> bool:
+        try:
+            self._job = background.Job(work)
+        except OSError:  # no memory for another process: then in this one
+            return False
+        return True
+
+    def _finish(self) -> None:
+        """Wait for what is being written, and say what went wrong with it."""
+        job, self._job = self._job, None
+        if job is None:
+            return
+        try:
+            job.result()
+        except (OSError, CheckpointError) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._at = None
+        message = (
+            f"the checkpoint {self._writing} could not be written: {error}. Those before it are as they were; "
+            f"make room, or choose another directory"
+        )
+        if self.on_failure == "raise":
+            raise CheckpointError(f"{message} (on_failure='warn' trains on)") from error
+        warnings.warn(f"{message}. Training goes on", AxonWarning, stacklevel=2)
+
+
+def _place(state: LoopState) -> tuple[int, int, int]:
+    return state.step, state.epoch, state.batch_index
+
+
+def _directory(state: LoopState) -> Path:
+    assert state.directory is not None  # before_fit has seen it
+    return state.directory

@@ -1,0 +1,225 @@
+"""Runs: the checkpoints of a run directory: their names, the newest that verifies, which are kept, what a killed save left."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axontrain.checkpoint import directory as files
+from axontrain.display import COUNTERS
+from axontrain.errors import AxonWarning, CheckpointError
+from axontrain.state import LoopState
+
+NAME = re.compile(r"step-(?P<step>\d{9,18})(-[A-Za-z0-9_.+-]{1,120})?")
+LEFT = re.compile(rf"(?P<name>{NAME.pattern})\.(?P<kind>tmp|old)-\d{{6}}-[0-9a-f]{{32}}")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A checkpoint of a run directory.
+
+    Attributes:
+        path: its directory.
+        step: as its name has it.
+        about: what was said of it when it was written; empty where that cannot be read.
+        problem: why it is no good, as far as was looked; "" if nothing is known.
+    """
+
+    path: Path
+    step: int
+    about: Mapping[str, Any]
+    problem: str = ""
+
+    @property
+    def number(self) -> int:
+        """Which one it is, by the order in which the run's checkpoints were written; 0 where that is not known."""
+        number = self.about.get("number")
+        return number if type(number) is int and number > 0 else 0
+
+    @property
+    def permanent(self) -> bool:
+        """Whether it is never pruned."""
+        return self.about.get("permanent") is True
+
+    def reading(self, name: str) -> float:
+        """What was read at its step; NaN if nothing was."""
+        readings = self.about.get("readings")
+        value = readings.get(name) if isinstance(readings, Mapping) else None
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which checkpoints of a run are kept: the last ones, the best ones, and the permanent ones.
+
+    Args:
+        last: how many of the newest; None keeps all.
+        best: how many of the best by ``monitor``.
+        monitor: a reading's name.
+        mode: "min" or "max", which is better.
+    """
+
+    last: int | None
+    best: int = 0
+    monitor: str | None = None
+    mode: str = "min"
+
+    def ranked(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Those that have a reading, the best first; of equal ones the earlier first. NaN is no reading."""
+        if self.monitor is None:
+            return []
+        monitor, sign = self.monitor, -1 if self.mode == "max" else 1
+        known = [entry for entry in entries if not math.isnan(entry.reading(monitor))]
+        return sorted(known, key=lambda entry: sign * entry.reading(monitor))  # stable: entries come oldest first
+
+    def is_among_best(self, value: float, entries: Iterable[Entry]) -> bool:
+        """Whether a new reading is one of the best."""
+        if math.isnan(value) or self.monitor is None:
+            return False
+        better = self.ranked(entries)[: self.best]
+        if len(better) < self.best:
+            return True
+        worst = better[-1].reading(self.monitor)
+        return value > worst if self.mode == "max" else value < worst
+
+    def superfluous(self, entries: list[Entry]) -> list[Entry]:
+        """What of the entries, oldest first, is to go. The last entry, which was just written and verified, never is."""
+        if self.last is None:
+            return []
+        good = [entry for entry in entries if not entry.problem]
+        kept = {id(entry) for entry in (*good[-self.last :], *self.ranked(good)[: self.best], *entries[-1:])}
+        return [entry for entry in entries if id(entry) not in kept and not entry.permanent]
+
+
+def name_of(step: int, reading: str | None = None, value: float = math.nan) -> str:
+    """The name of the checkpoint of a step, and of the reading that it is ranked by.
+
+    >>> name_of(123), name_of(123, "val/loss", 0.25), name_of(123, "../loss", float("nan"))
+    ('step-000000123', 'step-000000123-val_loss-0.25', 'step-000000123')
+    """
+    name = f"step-{step:09d}"
+    if reading is None or not math.isfinite(value):
+        return name
+    # A reading's name is the user's text: nothing in it may be taken for a path.
+    return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '_', reading).strip('_')[:80]}-{value:.6g}"
+
+
+def told_of(state: LoopState) -> dict[str, Any]:
+    """What a list of checkpoints shows of a state: where it stands, and what was read at this very step."""
+    rows = state.history.rows
+    row = rows[-1] if rows and rows[-1]["step"] == state.step else {}
+    readings = {name: value for name, value in row.items() if name not in COUNTERS and isinstance(value, (int, float))}
+    return {
+        "step": state.step,
+        "epoch": state.epoch,
+        "batch_index": state.batch_index,
+        "readings": readings,
+        "versions": dict(state.setup.get("versions", {})),
+    }
+
+
+def entries(directory: Path) -> list[Entry]:
+    """The checkpoints of a run directory, oldest first, as far as a glance tells: the large files are not read."""
+    found = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        about: Mapping[str, Any] = {}
+        problem = ""
+        if path.is_symlink() or not path.is_dir():
+            problem = f"{path} is no directory of its own"
+        else:
+            try:
+                about = files.about(path)
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        found.append(Entry(path, int(match["step"]), about, problem))
+    # By the order in which they were written: who goes back to an early step and on from there makes newer ones of lower steps.
+    found.sort(key=lambda entry: (entry.step, entry.path.name))
+    number, order = 0.0, {}
+    for entry in found:
+        number = float(entry.number) if entry.number else number + 2.0**-20
+        order[id(entry)] = number
+    return sorted(found, key=lambda entry: order[id(entry)])
+
+
+def newest(directory: Path) -> tuple[Path, Any] | None:
+    """The newest checkpoint that verifies, and its tree; None if there is no checkpoint at all.
+
+    A warning names those that were passed over, and what is wrong with them.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none is good.
+    """
+    bad: list[str] = []
+    for entry in reversed(entries(directory)):
+        try:
+            if entry.problem:
+                raise CheckpointError(entry.problem)
+            tree = files.read(entry.path)
+        except (CheckpointError, OSError) as error:
+            bad.append(str(error))
+            continue
+        if bad:
+            warnings.warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}", AxonWarning, stacklevel=2)
+        return entry.path, tree
+    if bad:
+        raise CheckpointError(
+            f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another directory"
+        )
+    return None
+
+
+def commit(directory: Path, name: str, what: files.Encoded, keep: Keep) -> None:
+    """Write a checkpoint, verify it, and only then prune what is superfluous."""
+    path = files.commit(directory / name, what)
+    files.verify(path)
+    there = [entry for entry in entries(directory) if entry.path != path]
+    written = Entry(path, int(NAME.fullmatch(name)["step"]), files.about(path))  # type: ignore[index]  # it is such a name
+    # Another checkpoint of the same step is from before a fault that this run has gone back behind.
+    again = [entry for entry in there if entry.step == written.step]
+    rest = [*(entry for entry in there if entry.step != written.step), written]
+    for entry in (*again, *keep.superfluous(rest)):
+        _remove(entry.path)
+
+
+def sweep(directory: Path) -> list[str]:
+    """Remove what saves that were killed have left in a run directory; returns the names.
+
+    A checkpoint that had stepped aside for one that never came is put back.
+    """
+    swept = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        match = LEFT.fullmatch(path.name)
+        if match is None:
+            continue
+        target = directory / match["name"]
+        if match["kind"] == "old" and not files.is_whole(target) and files.is_whole(path):
+            if target.exists():
+                _remove(target)
+            path.rename(target)
+        else:
+            _remove(path)
+        swept.append(path.name)
+    return swept
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+        return
+    # Renamed first, so that what is killed half-way is debris, and no checkpoint that lacks a file.
+    aside = files.beside(path, "tmp")
+    with suppress(OSError):
+        path.rename(aside)
+        path = aside
+    shutil.rmtree(path, ignore_errors=True)

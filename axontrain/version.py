@@ -1,0 +1,3 @@
+"""The version, which checkpoints name too."""
+
+VERSION = "0.1.0"
