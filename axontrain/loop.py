@@ -288,6 +288,14 @@ class Loop:
         state = run.state
         if not state.owed:
             return
+        if state.owed == [LOOK_UP]:
+            state.owed = []
+            run.look_ahead()
+            if run.epoch_is_over():
+                self._end_epoch(run)
+            else:
+                self._look_up(run)
+            return
         if run.validation is None:
             state.owed = [one for one in state.owed if one == AFTER_EPOCH]
         elif state.owed[0] in (VALIDATE, EVALUATE):
@@ -552,7 +560,10 @@ class Loop:
         if self.directory is not None and not resume:
             self._check_directory(self.directory)
         same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
-        if not same or state.batch_index >= (stream.length or math.inf):
+        ended = state.batch_index >= (stream.length or math.inf)
+        if resumed and same and ended and state.in_epoch and not state.owed:
+            state.owed = [LOOK_UP]  # left or saved between an epoch's last step and its end
+        if not same or (ended and LOOK_UP not in state.owed):
             state.batch_index, state.in_epoch = 0, False  # other batches than those that it had begun with: it begins anew
         if resumed and state.old_plan is not None:
             plan.goes_on_from(state.old_plan)
@@ -577,6 +588,11 @@ class Loop:
         cadence.start(state, resumed=resumed)
         callbacks = [*self.callbacks, *([ProgressBar()] if self.progress else [])]
         savers = tuple(one for one in callbacks if isinstance(one, Saver))
+        if len(savers) > 1:
+            raise ConfigurationError(
+                f"callbacks has {' and '.join(map(repr, savers))}, and each would prune what the other keeps: one does all, "
+                f"ax.Checkpoint(every=..., keep_last=..., best=..., permanent=...)"
+            )
         if self.directory is not None and not savers:
             savers = (Checkpoint(),)
             callbacks.extend(savers)
@@ -617,9 +633,11 @@ class Loop:
         try:
             for step in algorithm:
                 state.rng, state.drawing = randomness.capture(), False
+                state.owed = [LOOK_UP]  # who leaves now, or saves, has not had what is due after this step
                 randomness.restore(caller)
                 try:
                     yield step
+                    state.owed = []
                 finally:
                     caller = randomness.capture()
                     randomness.restore(state.rng)
@@ -731,3 +749,4 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
 END = object()
 # What an interruption can leave undone at the end of a step.
 VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"
+LOOK_UP = "look up"  # all of it: the caller of steps() has left the loop

@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -154,3 +156,40 @@ def test_it_reads_digits_well(seed, tmp_path):
     assert float(told.split()[2]) >= 98.5
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert rows[-1]["train/loss"] < 0.05  # as small as what it has learned
+
+
+def test_an_interrupted_run_goes_on_by_the_command(tmp_path):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    arguments = ["fit", "digits", "--epochs", "30", "--directory"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "axontrain.cli", *arguments, parted], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not list(parted.glob("step-*")):
+            assert program.poll() is None
+            time.sleep(0.01)
+        program.send_signal(signal.SIGTERM)
+        _, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    assert program.returncode == 143, errors
+    assert command(*arguments, parted, "--resume").returncode == 0
+    assert command(*arguments, whole).returncode == 0
+    states = [read(directory / name_of(690)) for directory in (whole, parted)]
+    for name, value in states[0]["objective"].items():
+        assert torch.equal(value, states[1]["objective"][name]), name
+    assert states[0]["history"] == states[1]["history"]
+
+
+def test_resume_needs_a_directory(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "digits", "--resume"])
+    assert "--directory" in capsys.readouterr().err
+
+
+def test_a_finished_run_started_again_says_the_same(run, capsys):
+    directory, done = run
+    before = (directory / "history.jsonl").read_text()
+    assert cli.main(["fit", "digits", "--epochs", "2", "--seed", "3", "--directory", str(directory), "--resume"]) == 0
+    assert capsys.readouterr().out.splitlines() == done.stdout.splitlines()
+    assert (directory / "history.jsonl").read_text() == before

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from axontrain.callback import Answer, Saver
 from axontrain.callbacks.monitor import better_of
 from axontrain.checkpoint import background, directory, runs
 from axontrain.checkpoint.encode import encode
+from axontrain.checkpoint.snapshot import Snapshot, kept_from_forks
 from axontrain.clock import Cadence, Every
 from axontrain.errors import AxonWarning, CheckpointError, ConfigurationError, unknown, whole
 from axontrain.state import LoopState
@@ -77,6 +81,7 @@ class Checkpoint(Saver):
         self._cadences: list[Cadence] = []
         self._permanent: Cadence | None = None
         self._job: background.Job | None = None
+        self._snapshot = Snapshot()
         self._writing = ""  # the name of what the job writes
         self._at: tuple[int, int, int] | None = None  # the place in the run that was saved last
         self._at_permanent = False
@@ -144,6 +149,7 @@ class Checkpoint(Saver):
         elif state.error is None:
             self._finish()
         # After a second Ctrl-C nothing is waited for, but by the end of the program.
+        self._snapshot = Snapshot()
 
     def _all(self) -> list[Cadence]:
         return self._cadences if self._permanent is None else [*self._cadences, self._permanent]
@@ -170,27 +176,33 @@ class Checkpoint(Saver):
         self._writing = name = runs.name_of(state.step, self.keep.monitor, self._reading(state))
         number = max((entry.number for entry in runs.entries(where)), default=0) + 1
         about = runs.told_of(state) | {"number": number, "permanent": permanent, "time": time.time()}
-        what = directory.encoded(state.live(), about)
-        apart = self._goes_apart(what, wait)
-        if apart:
-            what = what._replace(tensors={key: background.private(tensor) for key, tensor in what.tensors.items()})
+        live: list[Tensor] = []
+
+        def place(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            live.extend(tensors.values())
+            return self._snapshot.take(tensors)
+
+        tree = state.live()
+        apart = not wait and self._goes_apart(tree)
+        what = directory.encoded(tree, about, place if apart else None)
         work = partial(runs.commit, where, name, what, self.keep)
         self._at, self._at_permanent = _place(state), permanent
-        if apart and self._begin(work):
+        if apart and self._begin(work, live):
             return
         try:
             work()
         except (OSError, CheckpointError) as error:
             self._fail(error)
 
-    def _goes_apart(self, what: directory.Encoded, wait: bool) -> bool:
-        if wait or self.asynchronous is False or not background.AVAILABLE:
-            return False
-        return bool(self.asynchronous) or what.bytes >= SMALL_BYTES
+    def _goes_apart(self, tree: Any) -> bool:
+        if self.asynchronous is None:
+            return background.AVAILABLE and _bytes(tree) >= SMALL_BYTES
+        return self.asynchronous
 
-    def _begin(self, work: Any) -> bool:
+    def _begin(self, work: Callable[[], object], live: list[Tensor]) -> bool:
         try:
-            self._job = background.Job(work)
+            with kept_from_forks(live):
+                self._job = background.Job(work)
         except OSError:  # no memory for another process: then in this one
             return False
         return True
@@ -214,6 +226,14 @@ class Checkpoint(Saver):
         if self.on_failure == "raise":
             raise CheckpointError(f"{message} (on_failure='warn' trains on)") from error
         warnings.warn(f"{message}. Training goes on", AxonWarning, stacklevel=2)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _place(state: LoopState) -> tuple[int, int, int]:

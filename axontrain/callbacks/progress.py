@@ -39,7 +39,7 @@ class ProgressBar(Callback):
         self.style, self.stream = style, stream
         self._bar: Any = None
         self._start = self._next = self._last_line = 0.0
-        self._first_step = 0
+        self._first_step = self._begun = 0
         self._told = -1
 
     def before_fit(self, state: LoopState) -> Answer:
@@ -47,6 +47,7 @@ class ProgressBar(Callback):
         self._start = time.perf_counter()
         self._next, self._last_line = self._start + REDRAW_SECONDS, self._start - LINE_SECONDS
         self._first_step, self._told = state.step, -1
+        self._begun = state.step if state.plan is None else state.plan.start_step  # earlier, where a run is resumed
         style = chosen(self._out()) if self.style == "auto" else self.style
         if style == "lines":
             return None
@@ -56,7 +57,13 @@ class ProgressBar(Callback):
             from tqdm import tqdm
         options = {"file": self._out()} if style == "terminal" else {}
         self._bar = type("_Bar", (tqdm,), {"monitor_interval": 0})(  # no thread beside the training
-            total=self._total(state), unit="step", dynamic_ncols=True, miniters=1, mininterval=0, **options
+            total=self._total(state),
+            initial=state.step - self._begun,
+            unit="step",
+            dynamic_ncols=True,
+            miniters=1,
+            mininterval=0,
+            **options,
         )
         return None
 
@@ -100,7 +107,7 @@ class ProgressBar(Callback):
     def _draw(self, state: LoopState, doing: str = "") -> None:
         bar = self._bar
         bar.total = self._total(state)
-        bar.n = state.step - self._first_step
+        bar.n = state.step - self._begun
         bar.set_description_str(self._place(state) + doing, refresh=False)
         bar.set_postfix_str(readings(state), refresh=False)
         bar.refresh()

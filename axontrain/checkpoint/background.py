@@ -1,8 +1,5 @@
 """Background: work done by a forked process, on the memory as it is at the moment of the fork.
 
-The fork is the snapshot: the system copies a page only where training changes it while the other process still writes. So the
-step waits for as long as a fork takes, some ten milliseconds for a gigabyte, and not for the disk.
-
 What the other process does has to be simple: files, sums, and no kernel of torch's that would run on several threads.
 """
 
@@ -19,12 +16,12 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from axontrain.errors import CheckpointError
 
 AVAILABLE = sys.platform == "linux"  # elsewhere a fork of a process with threads is not safe, or cannot die with its parent
 DONE = b"done"
+MOST_TOLD = 5000  # characters: what a pipe takes at once, however they are written
 
 
 class Job:
@@ -94,12 +91,6 @@ class Job:
         atexit.unregister(self._finish)
 
 
-def private(tensor: Tensor) -> Tensor:
-    """A tensor whose memory the fork will part: itself, or a copy where its memory is shared, or pinned for a GPU."""
-    pinned = torch.cuda.is_available() and tensor.is_pinned()
-    return tensor.clone() if pinned or tensor.is_shared() else tensor  # type: ignore[no-untyped-call]
-
-
 def _do(work: Callable[[], object], tell: int, parent: int) -> None:
     """The whole life of the other process. Nothing of the parent's is to be finished, flushed or collected in it."""
     try:
@@ -116,6 +107,6 @@ def _do(work: Callable[[], object], tell: int, parent: int) -> None:
         told = f"{text or error}" + (f": {where}" if text and where else "")
         if not isinstance(error, (OSError, CheckpointError)):
             told = f"{type(error).__name__}: {told}"
-        os.write(tell, json.dumps({"errno": number, "text": told}).encode()[:65536])
+        os.write(tell, json.dumps({"errno": number, "text": told[:MOST_TOLD]}).encode())
     finally:
         os._exit(0)

@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,13 +53,19 @@ class Encoded(NamedTuple):
         return len(self.text) + len(self.about) + sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def encoded(tree: Any, about: Mapping[str, Any] | None = None) -> Encoded:
+def encoded(
+    tree: Any,
+    about: Mapping[str, Any] | None = None,
+    place: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> Encoded:
     """Make ready to be written, without a copy where none is needed: it is what the tensors hold when they are written.
+
+    With ``place`` the tensors that are written are what it makes of those in the tree.
 
     Raises:
         CheckpointError: if something in the tree cannot be saved, naming its place.
     """
-    text, tensors = encode(tree)
+    text, tensors = encode(tree, place)
     if len(text) > MOST_BYTES[STATE]:
         raise CheckpointError(
             f"the state is {len(text):,} bytes of JSON without its tensors, and no more than {MOST_BYTES[STATE]:,} are read "

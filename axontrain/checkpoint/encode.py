@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,8 +37,10 @@ DTYPES = {
 }  # fmt: skip
 
 
-def encode(tree: Any) -> tuple[str, dict[str, Tensor]]:
+def encode(tree: Any, place: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> tuple[str, dict[str, Tensor]]:
     """Split a tree into JSON text and tensors (on the CPU, contiguous, no two of one storage).
+
+    With ``place``, the tensors are what it returns for those of the tree, which are then as they are there, on any device.
 
     >>> text, tensors = encode({"a": [1, torch.tensor(2.0)]})
     >>> text, tensors
@@ -56,7 +58,7 @@ def encode(tree: Any) -> tuple[str, dict[str, Tensor]]:
             f"the state has {_values(text):,} values, and no more than {MOST_VALUES:,} are read back: hold long lists of "
             f"numbers as tensors"
         )
-    return text, _apart(tensors)
+    return text, place(tensors) if place is not None else _apart(tensors)
 
 
 def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
@@ -141,14 +143,15 @@ def _dense(value: Tensor, path: tuple[str, ...]) -> Tensor:
     if value.dtype not in DTYPES or value.is_meta:
         raise CheckpointError(f"{_place(path)} is {kind_of(value)} on {value.device}: safetensors holds no such tensor")
     # A conjugate or negative view is a flag on other numbers, and the bytes are what is written.
-    return value.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    return value.detach().resolve_conj().resolve_neg()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give each tensor a storage of its own, which safetensors insists on: tied weights and slices are written each whole."""
     apart: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = given.to("cpu").contiguous()
         storage = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)

@@ -7,23 +7,33 @@ import os
 import socket
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import TracebackType
 
-from axontrain.errors import ConfigurationError
+from axontrain.errors import AxonWarning, ConfigurationError
 
 NAME = ".lock"
-# A process's own locks never stand in its own way, and closing any descriptor of the file gives them up: so who in this
-# process holds one is known here, and the file is opened by its holder only.
-_HELD: set[tuple[int, int]] = set()
+_HELD: dict[tuple[int, int], int] = {}  # by device and inode of the directory: the open file that has the lock
 _GUARD = threading.Lock()
+
+
+def _let_go_in_child() -> None:
+    # The lock is that of an open file, which a fork shares: a worker would keep it after its parent was killed. Closing a copy
+    # of the file takes nothing from the parent.
+    for file in _HELD.values():
+        os.close(file)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 class DirectoryLock:
     """Holds a directory from its making until :meth:`release`, or until the process ends.
 
-    It is a POSIX record lock (on platforms that have none, a directory is guarded within one process only): processes forked
-    meanwhile do not inherit it, so that none of them keeps it after the owner was killed.
+    It is a lock of ``flock(2)``; on platforms that have none, a directory is guarded within one process only.
 
     Args:
         directory: is made where it is not there.
@@ -56,15 +66,15 @@ class DirectoryLock:
                 os.close(self._file)
                 raise
             self._key = key
-            _HELD.add(key)
+            _HELD[key] = self._file
 
     def release(self) -> None:
         """Let others have the directory."""
         with _GUARD:
-            if self._key is not None:
-                _HELD.discard(self._key)
+            # In a forked child it is closed already, and its number may be another file's.
+            if self._key is not None and _HELD.pop(self._key, None) is not None:
                 os.close(self._file)
-                self._key = None
+            self._key = None
 
     def __enter__(self) -> DirectoryLock:
         return self
@@ -84,9 +94,16 @@ def _locked(file: int) -> bool:
     import fcntl
 
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:  # as of a network's file system
+        warnings.warn(
+            f"the run directory cannot be locked ({error.strerror}): nothing but you sees to it that only one run at a time "
+            f"uses it",
+            AxonWarning,
+            stacklevel=6,
+        )
     return True
 
 

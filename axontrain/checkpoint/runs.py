@@ -17,7 +17,8 @@ from axontrain.display import COUNTERS
 from axontrain.errors import AxonWarning, CheckpointError
 from axontrain.state import LoopState
 
-NAME = re.compile(r"step-(?P<step>\d{9,18})(-[A-Za-z0-9_.+-]{1,120})?")
+# What a killed save has left of a checkpoint whose name tells a reading is no such name.
+NAME = re.compile(r"step-(?P<step>\d{9,18})(-((?!\.(tmp|old)-)[A-Za-z0-9_.+-]){1,120})?")
 LEFT = re.compile(rf"(?P<name>{NAME.pattern})\.(?P<kind>tmp|old)-\d{{6}}-[0-9a-f]{{32}}")
 
 
@@ -194,15 +195,16 @@ def commit(directory: Path, name: str, what: files.Encoded, keep: Keep) -> None:
 def sweep(directory: Path) -> list[str]:
     """Remove what saves that were killed have left in a run directory; returns the names.
 
-    A checkpoint that had stepped aside for one that never came is put back.
+    A checkpoint that had stepped aside for one that never came is put back, of several the last.
     """
     swept = []
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    for path in sorted(directory.iterdir(), reverse=True) if directory.is_dir() else ():
         match = LEFT.fullmatch(path.name)
         if match is None:
             continue
         target = directory / match["name"]
-        if match["kind"] == "old" and not files.is_whole(target) and files.is_whole(path):
+        aside = match["kind"] == "old" and not path.is_symlink()
+        if aside and not files.is_whole(target) and files.is_whole(path):
             if target.exists():
                 _remove(target)
             path.rename(target)
@@ -217,9 +219,10 @@ def _remove(path: Path) -> None:
         with suppress(OSError):
             path.unlink()
         return
-    # Renamed first, so that what is killed half-way is debris, and no checkpoint that lacks a file.
-    aside = files.beside(path, "tmp")
-    with suppress(OSError):
-        path.rename(aside)
-        path = aside
+    if not LEFT.fullmatch(path.name):
+        # Renamed first, so that what is killed half-way is debris, and no checkpoint that lacks a file.
+        aside = files.beside(path, "tmp")
+        with suppress(OSError):
+            path.rename(aside)
+            path = aside
     shutil.rmtree(path, ignore_errors=True)

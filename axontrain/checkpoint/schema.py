@@ -32,6 +32,7 @@ EXAMPLES = {  # of what a meter's predictions and targets may be
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.complex64,
     )
 }  # fmt: skip
+NAME = 200  # characters of a class's
 WORDS = 624  # of a Mersenne twister
 CUDA_BYTES = 16  # of a CUDA generator: a seed and an offset
 
@@ -88,7 +89,8 @@ def _counters(value: Any, place: str) -> None:
     length = _of(counters, "epoch_length", place)
     if length is not None and not _count(length, f"{place}/epoch_length"):
         raise _wrong(length, f"{place}/epoch_length", "None, or a whole number above 0")
-    if _number(_of(counters, "elapsed", place), f"{place}/elapsed") < 0:
+    elapsed = _of(counters, "elapsed", place)
+    if _number(elapsed, f"{place}/elapsed") < 0 or not isinstance(elapsed, float):
         raise _wrong(counters["elapsed"], f"{place}/elapsed", "seconds, 0 or more")
     seed = _of(counters, "seed", place)
     if type(seed) is not int:
@@ -151,7 +153,7 @@ def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
     schedulers = _list(_of(of_one, "schedulers", place), f"{place}/schedulers")
     for index, scheduler in enumerate(schedulers):
         at = f"{place}/schedulers/{index}"
-        _text(_of(_only(scheduler, at, "kind", "state"), "kind", at), f"{at}/kind")
+        _kind(_of(_only(scheduler, at, "kind", "state"), "kind", at), f"{at}/kind")
         _texts(_of(scheduler, "state", at), f"{at}/state")
     scale = _number(_of(of_one, "scale", place), f"{place}/scale")
     unscaled = _list(_of(of_one, "unscaled", place), f"{place}/unscaled")
@@ -163,10 +165,17 @@ def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
         _count(_of(of_one, key, place), f"{place}/{key}")
 
 
+def _kind(value: Any, place: str) -> str:
+    """Check the name of a class, which is compared and shown."""
+    if not isinstance(value, str) or not value.isidentifier() or len(value) > NAME:
+        raise _wrong(value, place, "the name of a class")
+    return value
+
+
 def _part(value: Any, place: str, objective: Mapping[str, Any]) -> int:
     """Check the state of one torch optimizer; give how many groups it has."""
     part = _only(value, place, "kind", "state", "groups")
-    kind = _text(_of(part, "kind", place), f"{place}/kind")
+    kind = _kind(_of(part, "kind", place), f"{place}/kind")
     groups = _list(_of(part, "groups", place), f"{place}/groups")
     names: set[str] = set()
     fused = kind in FUSED
@@ -191,7 +200,9 @@ def _of_parameter(value: Any, place: str, kind: str, fused: bool, parameter: Any
     if kind in STEPPED and state:
         _of(state, "step", place)
     if "step" in state:
-        _scalar(state["step"], f"{place}/step")
+        _scalar(state["step"], f"{place}/step", tensor=kind in STEPPED)
+        if kind in STEPPED and not state["step"].is_floating_point():
+            raise _wrong(state["step"], f"{place}/step", "a tensor of one floating-point number")
     if not fused or not isinstance(parameter, Tensor):
         return
     for key in SHAPED & set(state):
@@ -206,7 +217,7 @@ def _generators(value: Any, place: str) -> None:
     _only(rng, place, "torch", "python", "numpy", "cuda")
     _twister(_of(rng, "torch", place), f"{place}/torch")
     python = _list(_of(rng, "python", place), f"{place}/python")
-    if len(python) != 3 or python[0] != 3 or not isinstance(python[2], (float, type(None))):
+    if len(python) != 3 or not _is(python[0], 3) or not isinstance(python[2], (float, type(None))):
         raise _wrong(python, f"{place}/python", "a state of Python's generator: 3, its words, and a number or None")
     words = _tensor(python[1], f"{place}/python/1", torch.int64, WORDS + 1)
     try:
@@ -235,7 +246,7 @@ def _twister(value: Any, place: str) -> None:
 
 def _numpy(value: Any, place: str) -> None:
     state = _only(value, place, "name", "keys", "position", "has_gauss", "gauss")
-    if _of(state, "name", place) != "MT19937":
+    if not _is(_of(state, "name", place), "MT19937"):
         raise _wrong(state["name"], f"{place}/name", "'MT19937'")
     keys = _tensor(_of(state, "keys", place), f"{place}/keys", torch.int64, WORDS)
     if int(keys.min()) < 0 or int(keys.max()) >= 2**32:
@@ -382,6 +393,10 @@ def _scalar(value: Any, place: str, *, tensor: bool = False) -> None:
         raise _wrong(value, place, "a tensor of one number" if tensor else "a number, or a tensor of one")
     if isinstance(value, int) and math.isinf(_float(value)):
         raise _wrong(value, place, "a number that fits a float")
+
+
+def _is(value: Any, expected: int | str) -> bool:
+    return type(value) is type(expected) and bool(value == expected)
 
 
 def _scalars(value: Any, place: str) -> None:

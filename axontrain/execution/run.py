@@ -185,7 +185,8 @@ def session(run: Run) -> Iterator[None]:
             state.status, state.error = "failed", error
             note(error, where(run), run.batch, state.objective)
             if hooks.on_error is not None:
-                hooks.on_error(state)
+                with randomness.kept():
+                    hooks.on_error(state)
             raise
         finally:
             state.stop_clock()
@@ -195,7 +196,8 @@ def session(run: Run) -> Iterator[None]:
                 if stream is not None:
                     stream.close()
             if hooks.after_fit is not None:
-                hooks.after_fit(state)
+                with randomness.kept():  # a run that is resumed has it once more: what is drawn there is not to count
+                    hooks.after_fit(state)
             for saver in run.savers:
                 saver.close(state)
             state.request, state.plan, state.resumed = None, None, False

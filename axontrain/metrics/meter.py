@@ -84,6 +84,7 @@ class Meter:
         With ``last`` nothing will be, before a reset: that spares a copy of the metrics.
         """
         readings: dict[str, Any] = means(merge(self._sums, self._fold()))
+        self._build_as_before()
         for tally in self._tallies or ():
             readings |= tally.read(last)
         for task, meter in self._of_tasks.items():
@@ -125,7 +126,6 @@ class Meter:
         for task, of_task in state.get("tasks", {}).items():
             self._of_tasks[task] = Meter(self._specs_of(task))
             self._of_tasks[task].load_state_dict(of_task)
-            self._of_tasks[task]._build_as_before()
 
     def _specs_of(self, task: str) -> dict[str, Any]:
         tasks = {task, *self.tasks}
@@ -141,7 +141,7 @@ class Meter:
         return self._tallies
 
     def _build_as_before(self) -> None:
-        # A task may have no batch before the next reading, which then has to speak of what was saved all the same.
+        # What was restored may get no batch before the next reading, which then has to speak of what was saved all the same.
         if self._tallies is None and self._example is not None and self._saved:
             device = next((loss.device for loss, *_ in self._losses), torch.device("cpu"))
             device = next((sums.device for sums in self._sums.values()), device)

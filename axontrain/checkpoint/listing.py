@@ -1,0 +1,102 @@
+"""Listing: the checkpoints of a run directory as a table for a terminal, each verified, and why one is bad."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from pathlib import Path
+
+from axontrain.checkpoint import directory as files
+from axontrain.checkpoint.runs import LEFT, Entry, entries
+from axontrain.display import number
+from axontrain.errors import CheckpointError
+
+HEADER = ("checkpoint", "epoch", "size", "written", "readings", "verdict")
+
+
+def listed(directory: Path) -> tuple[str, bool]:
+    """List the checkpoints of a run directory, oldest first, reading every byte of each.
+
+    Returns:
+        The table, and whether all of it is good.
+
+    Raises:
+        CheckpointError: if there is no checkpoint.
+    """
+    found = entries(directory) if not (directory / files.MANIFEST).exists() else [_lone(directory)]
+    if not found:
+        why = "is not there" if not directory.exists() else "holds no checkpoint"
+        raise CheckpointError(f"{directory} {why}: give the directory of a run, as in ax.Loop(..., directory=...)")
+    problems = [_problem(entry) for entry in found]
+    good = [entry for entry, problem in zip(found, problems, strict=True) if not problem]
+    rows = [HEADER, *(_row(entry, problem, good) for entry, problem in zip(found, problems, strict=True))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left = sorted(path.name for path in directory.iterdir() if LEFT.fullmatch(path.name))
+    if left:
+        lines.append(f"left by saves that were killed, removed when the run goes on: {', '.join(map(plain, left))}")
+    return "\n".join(lines), not any(problems)
+
+
+def plain(text: str) -> str:
+    r"""Text that comes from files or users, with nothing in it that a terminal would obey.
+
+    >>> plain("val/loss"), plain("\x1b[2Jloss\n")
+    ('val/loss', '\\x1b[2Jloss\\n')
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _lone(path: Path) -> Entry:
+    try:
+        about = files.about(path)
+    except (CheckpointError, OSError) as error:
+        return Entry(path, 0, {}, str(error))
+    return Entry(path, 0, about)
+
+
+def _problem(entry: Entry) -> str:
+    if entry.problem:
+        return entry.problem
+    try:
+        files.read(entry.path)  # more than its sums: that what they fit can be read
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _row(entry: Entry, problem: str, good: list[Entry]) -> tuple[str, ...]:
+    about = entry.about
+    epoch, readings, written = about.get("epoch"), about.get("readings"), about.get("time")
+    told = readings.items() if isinstance(readings, dict) else ()
+    marks = ["permanent"] if entry.permanent else []
+    if good and entry is good[-1]:
+        marks.append("the one that resume=True takes")
+    return (
+        plain(entry.path.name),
+        str(epoch) if isinstance(epoch, int) else "",
+        _size(entry.path),
+        _time(written),
+        plain(", ".join(f"{name} {number(value)}" for name, value in told if isinstance(value, (int, float)))),
+        f"BAD: {plain(problem)}" if problem else ", ".join(["good", *marks]),
+    )
+
+
+def _size(path: Path) -> str:
+    try:
+        size = float(sum(file.lstat().st_size for file in path.iterdir()))
+    except OSError:
+        return ""
+    power = 0
+    while size >= 999.5 and power < 4:
+        size, power = size / 1000, power + 1
+    return f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _time(written: object) -> str:
+    if not isinstance(written, (int, float)) or not math.isfinite(written):
+        return ""
+    try:
+        return f"{datetime.datetime.fromtimestamp(written):%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, OSError, ValueError):
+        return ""
