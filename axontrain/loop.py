@@ -116,6 +116,7 @@ class Loop:
         if self.directory is not None:
             self.state.directory, self.state.history.path = self.directory, self.directory / "history.jsonl"
         self._attach_callbacks()
+        self._at_home = False  # whether what lies in the directory is of this run
         self._by_hand: Runner | None = None
         self._last_stream: Stream | None = None
         self._next_reading = 0.0
@@ -491,6 +492,8 @@ class Loop:
             return
         self._attach_callbacks()
         self.state.load_state_dict(tree)
+        if self.directory is not None and not isinstance(source, Mapping):
+            self._at_home |= Path(source).resolve().is_relative_to(self.directory.resolve())
 
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
@@ -534,6 +537,12 @@ class Loop:
         for one in streams:
             if one.length == 0:
                 raise one.empty()
+        savers = [one for one in self.callbacks if isinstance(one, Saver)]
+        if len(savers) > 1:
+            raise ConfigurationError(
+                f"callbacks has {' and '.join(map(repr, savers))}, and each would prune what the other keeps: one does all, "
+                f"ax.Checkpoint(every=..., keep_last=..., best=..., permanent=...)"
+            )
         if modes.asleep(self.objective):
             warnings.warn(f"{modes.ASLEEP}, unless that is meant", AxonWarning, stacklevel=3)
         with contextlib.ExitStack() as held:
@@ -559,6 +568,7 @@ class Loop:
         resumed = resume and self._goes_back(setup, plan)
         if self.directory is not None and not resume:
             self._check_directory(self.directory)
+        self._at_home = True
         same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
         ended = state.batch_index >= (stream.length or math.inf)
         if resumed and same and ended and state.in_epoch and not state.owed:
@@ -588,11 +598,6 @@ class Loop:
         cadence.start(state, resumed=resumed)
         callbacks = [*self.callbacks, *([ProgressBar()] if self.progress else [])]
         savers = tuple(one for one in callbacks if isinstance(one, Saver))
-        if len(savers) > 1:
-            raise ConfigurationError(
-                f"callbacks has {' and '.join(map(repr, savers))}, and each would prune what the other keeps: one does all, "
-                f"ax.Checkpoint(every=..., keep_last=..., best=..., permanent=...)"
-            )
         if self.directory is not None and not savers:
             savers = (Checkpoint(),)
             callbacks.extend(savers)
@@ -668,7 +673,7 @@ class Loop:
 
     def _check_directory(self, directory: Path) -> None:
         history = directory / "history.jsonl"
-        if self.state.step == 0 and history.is_file() and history.stat().st_size:
+        if not self._at_home and ((history.is_file() and history.stat().st_size) or runs.entries(directory)):
             raise ConfigurationError(
                 f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by "
                 f"fit(..., resume=True)"

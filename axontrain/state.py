@@ -297,10 +297,24 @@ class LoopState:
             )
         for name, optimizer in self.optimizers.items():
             optimizer.check(state["optimizers"][name])
-        state = _cloned(state)
+        # The parts that are the user's or torchmetrics' first, as they may refuse what they get; of weights and optimizers all
+        # has been looked at, and a copy of those to go back to would take as much memory as they have.
+        before = _cloned(_without_weights(self.live()))
+        try:
+            self._load_rest(_cloned(_without_weights(state)))
+        except Exception as error:
+            self._load_rest(before)
+            raise CheckpointError(
+                f"the saved state could not be taken, and all is as it was: {type(error).__name__}: {_shown(str(error))}"
+            ) from error
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self._load_weights(state["objective"])
+        if self.status != "running":
+            self.status = "ready"
+        self.last = None
+
+    def _load_rest(self, state: Mapping[str, Any]) -> None:
         counters = state["counters"]
         self.epoch, self.step = counters["epoch"], counters["step"]
         self.samples, self.batch_index = counters["samples"], counters["batch_index"]
@@ -316,9 +330,6 @@ class LoopState:
         for name, part in self.attached.items():
             if name in self._waiting:
                 part.load_state_dict(self._waiting.pop(name))
-        if self.status != "running":
-            self.status = "ready"
-        self.last = None
 
     def load_weights(self, state: Mapping[str, Any]) -> None:
         """Take the objective of a saved state alone: everything else stays as it is here.
@@ -327,7 +338,7 @@ class LoopState:
             CheckpointError: if it is of another objective; nothing is changed then.
         """
         self._check_weights(state["objective"])
-        self._load_weights(_cloned(state["objective"]))
+        self._load_weights(state["objective"])
 
     def _check_weights(self, saved: Mapping[str, Any]) -> None:
         names = clean_names(self.objective)
@@ -397,6 +408,10 @@ class Result:
         return f"{self.status} ({self.reason}) at epoch {self.epoch}, step {self.step}"
 
 
+def _without_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in state.items() if name not in ("objective", "optimizers")}
+
+
 def _cloned(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -413,12 +428,17 @@ def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> N
         raise CheckpointError(
             f"the saved state is not of this {name}: "
             + "; ".join(
-                f"{what} {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+                f"{what} {', '.join(map(_shown, names[:6]))}{', ...' if len(names) > 6 else ''}"
                 for what, names in (("it lacks", missing), ("this objective lacks", foreign))
                 if names
             )
         )
     for key, value in own.items():
+        there = saved[key]
+        if isinstance(value, Tensor) and isinstance(there, Tensor) and _rank(there) > _rank(value):
+            raise CheckpointError(
+                f"the saved state is not of this {name}: {key} is {kind_of(there)} there, {kind_of(value)} here"
+            )
         if isinstance(value, Tensor) and value.shape != getattr(saved[key], "shape", None):
             raise CheckpointError(
                 f"the saved state is not of this {name}: {key} is {_shape(saved[key])} there, {_shape(value)} here"
@@ -427,6 +447,16 @@ def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> N
 
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else kind_of(value)
+
+
+def _shown(name: str) -> str:
+    """A name out of a stranger's file: short, and without what a terminal would act on."""
+    return name if name.isprintable() and len(name) <= 120 else repr(name[:120])
+
+
+def _rank(value: Tensor) -> int:
+    """What cannot be converted to a lower one without losing more than digits."""
+    return 2 if value.is_complex() else 1 if value.is_floating_point() else 0
 
 
 def _jsonable(value: Any) -> Any:

@@ -198,9 +198,31 @@ class Update:
             its = [group["parameters"] for group in part["groups"]]
             if mine != its:
                 a, b = ({name for group in groups for name in group} for groups in (mine, its))
-                names = ", ".join(sorted(a ^ b)[:8])
+                names = ", ".join(name if name.isprintable() else repr(name) for name in sorted(a ^ b)[:8])
                 how = f"other parameters than the saved one: they differ in {names}" if names else "other groups of parameters"
                 raise CheckpointError(f"{of} is of {how}")
+            for group, saved_group in zip(optimizer.param_groups, part["groups"], strict=True):
+                _check_kinds(of, group, saved_group)
+                self._check_shapes(of, group, part["state"])
+        for scheduler, saved_one in zip(self._schedulers, state["schedulers"], strict=True):
+            own = _plain(scheduler.state_dict())
+            if foreign := sorted(set(saved_one["state"]) - set(own)):
+                raise CheckpointError(
+                    f"the saved schedule of {of} has {foreign[0][:100]!r}, which {type(scheduler).__name__} lacks"
+                )
+            _check_kinds(of, own, saved_one["state"])
+
+    def _check_shapes(self, of: str, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        # A fused kernel takes the sizes at their word, and would write outside of what is there.
+        if not group.get("fused"):
+            return
+        shapes = {id(p): (name, p.shape) for name, p in self.parameters.items()}
+        for name, shape in (shapes[id(p)] for p in group["params"]):
+            for key, value in state.get(name, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.shape != shape:
+                    raise CheckpointError(
+                        f"{key} of {name} in {of} is {tuple(value.shape)} in the saved one, {tuple(shape)} here"
+                    )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave.
@@ -352,6 +374,24 @@ class Update:
             count += size
         state = {index[name]: {k: _like(v, None) for k, v in of.items()} for name, of in saved["state"].items()}
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise where an option that was saved is of another kind than the own one; None may stand for any."""
+    for key in set(own) & set(saved) - {"params"}:
+        a, b = _kind(own[key]), _kind(saved[key])
+        if a and b and a != b:
+            raise CheckpointError(f"{key} of {of} is {a} here, and {b} in the saved one")
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, (tuple, list)):
+        return "" if value is None else "a list"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return "a number"
+    return "a mapping" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -256,14 +256,28 @@ def different(a: Any, b: Any, place: str = "") -> str:
         if set(a) != set(b):
             return f"{place}: the keys {sorted(set(a) ^ set(b))}"
         return next((different(a[key], b[key], f"{place}/{key}") for key in a if not same(a[key], b[key])), place)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return different(dict(enumerate(a)), dict(enumerate(b)), place)
     return f"{place}: {a!r:.200} and {b!r:.200}"
 
 
 def common(a: Any, b: Any) -> tuple[Any, Any]:
-    """Two states without what one of them has not got: what was not saved begins with nothing, what is not here is left."""
+    """Two states without what one of them has not got: what was not saved begins with nothing, what is not here is left.
+
+    And without what is no state: a cadence of another interval begins anew, and AdamW is what it is.
+    """
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        both = [common(x, y) for x, y in zip(a, b, strict=True)]
+        return [x for x, _ in both], [y for _, y in both]
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and b.is_floating_point():
+        return a, b.to(a.dtype)  # a module converts what it takes
     if not isinstance(a, Mapping) or not isinstance(b, Mapping):
         return a, b
-    pairs = {key: common(a[key], b[key]) for key in a if key in b and not key.startswith("cadence/")}
+    pairs = {
+        key: common(a[key], b[key])
+        for key in a
+        if key in b and key != "decoupled_weight_decay" and not key.startswith("cadence/")
+    }
     return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 
 
@@ -275,12 +289,15 @@ class Fuzz:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.loop = small_loop(8)
-        told = {"step": 8, "readings": {"val/loss": 0.5}}
-        self.good = write(directory / "good", self.loop.state.state_dict(), told)
-        self.other = write(directory / "other", small_loop(13, seed=1).state.state_dict(), told)
+        readings = {"readings": {"val/loss": 0.5}}
+        self.good = write(directory / "good", small_loop(8).state.state_dict(), {"step": 8, **readings})
+        self.other = write(directory / "other", small_loop(13, seed=1).state.state_dict(), {"step": 13, **readings})
         self.bad = directory / "bad"
-        self.loop = small_loop(3)  # elsewhere than at either
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the Loop, elsewhere than at either."""
+        self.loop = small_loop(3)
         self.before = self.loop.save()
 
     def mutate(self, chance: random.Random, mutators: list[Mutator], fit: bool) -> None:
@@ -325,8 +342,7 @@ class Fuzz:
         except Exception as error:
             return f"trained: {type(error).__name__}"
         finally:
-            self.loop = small_loop(3)
-            self.before = self.loop.save()
+            self.begin()
         return "trained: on"
 
     def reset(self) -> None:
@@ -370,8 +386,7 @@ def main() -> int:
                     f"{type(error).__name__} {str(error)[:160]} ({Path(where.filename).name}:{where.lineno})", seed
                 )
                 counts["FAILED"] += 1
-                fuzz.loop = small_loop(3)
-                fuzz.before = fuzz.loop.save()
+                fuzz.begin()
             seed += 1
     print(f"{seed - arguments.seed} mutated checkpoints")
     for outcome, count in sorted(counts.items()):

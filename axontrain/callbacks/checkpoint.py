@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,10 @@ class Checkpoint(Saver):
         self._permanent: Cadence | None = None
         self._job: background.Job | None = None
         self._snapshot = Snapshot()
-        self._writing = ""  # the name of what the job writes
+        self._writing = Path()  # what the job writes
         self._at: tuple[int, int, int] | None = None  # the place in the run that was saved last
         self._at_permanent = False
+        self._sized = False  # whether it was seen how large the state is
 
     def __repr__(self) -> str:
         of = [] if self.every is None else [f"every='{self.every.interval or self.every.predicate}'"]
@@ -92,6 +94,11 @@ class Checkpoint(Saver):
         if self.keep.monitor is not None:
             of += [f"best={self.keep.monitor!r}", f"keep_best={self.keep.best}"]
         return f"Checkpoint({', '.join(of)})"
+
+    @property
+    def writing(self) -> bool:
+        """Whether another process is writing a checkpoint just now."""
+        return self._job is not None and not self._job.over()
 
     def before_fit(self, state: LoopState) -> Answer:
         """Complain now rather than when there is something to lose."""
@@ -110,12 +117,12 @@ class Checkpoint(Saver):
         self._permanent = None if self.permanent is None else state.cadence("Checkpoint.permanent", self.permanent)
         for cadence in self._all():
             cadence.start(state, resumed=state.resumed)
-        self._at = None
+        self._at, self._sized = None, False
         return None
 
     def next_step(self, state: LoopState) -> float:
         """The next step at which one of the cadences can be due; the very next while something is being written."""
-        if self._job is not None:
+        if self._job is not None or not self._sized:
             return state.step + 1
         return min(cadence.next_step(state) for cadence in self._all())
 
@@ -127,6 +134,11 @@ class Checkpoint(Saver):
         """Save, where a cadence is due or the reading is one of the best."""
         if self._job is not None and self._job.over():
             self._finish()
+        if not self._sized:  # after the first step, when optimizers have their states
+            self._sized = True
+            tree = state.live()
+            if self._goes_apart(tree):
+                self._snapshot.reserve(int(1.02 * _bytes(tree)))
         due = [cadence.due(state) for cadence in self._all()]  # each is asked, since asking takes the occasion
         permanent = self._permanent is not None and due[-1]
         if any(due) or self._is_best(state):
@@ -160,7 +172,10 @@ class Checkpoint(Saver):
             return False
         if self._job is not None:  # of which it is not known yet
             self._finish()
-        return self.keep.is_among_best(value, runs.entries(_directory(state)))
+        try:
+            return self.keep.is_among_best(value, runs.entries(_directory(state)))
+        except OSError:  # which saving will tell
+            return True
 
     def _reading(self, state: LoopState) -> float:
         """The reading that checkpoints are ranked by, if it was taken at this very step."""
@@ -173,8 +188,16 @@ class Checkpoint(Saver):
     def _save(self, state: LoopState, *, permanent: bool, wait: bool = False) -> None:
         self._finish()
         where = _directory(state)
-        self._writing = name = runs.name_of(state.step, self.keep.monitor, self._reading(state))
-        number = max((entry.number for entry in runs.entries(where)), default=0) + 1
+        name = runs.name_of(state.step, self.keep.monitor, self._reading(state))
+        self._writing = where / name
+        try:
+            there = runs.entries(where)
+        except OSError as error:
+            self._fail(error)
+            return
+        number = max((entry.number for entry in there), default=0) + 1
+        # A run that ended with a permanent one and is started again saves that step once more.
+        permanent = permanent or any(entry.permanent for entry in there if entry.step == state.step)
         about = runs.told_of(state) | {"number": number, "permanent": permanent, "time": time.time()}
         live: list[Tensor] = []
 
@@ -202,7 +225,7 @@ class Checkpoint(Saver):
     def _begin(self, work: Callable[[], object], live: list[Tensor]) -> bool:
         try:
             with kept_from_forks(live):
-                self._job = background.Job(work)
+                self._job = background.Job(work, self._writing.parent)
         except OSError:  # no memory for another process: then in this one
             return False
         return True
@@ -219,8 +242,10 @@ class Checkpoint(Saver):
 
     def _fail(self, error: Exception) -> None:
         self._at = None
+        with suppress(OSError):  # what a writer that was killed has left, which would pile up
+            runs.sweep(self._writing.parent, self._writing.name)
         message = (
-            f"the checkpoint {self._writing} could not be written: {error}. Those before it are as they were; "
+            f"the checkpoint {self._writing.name} could not be written: {error}. Those before it are as they were; "
             f"make room, or choose another directory"
         )
         if self.on_failure == "raise":

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from axontrain.errors import CheckpointError
 AVAILABLE = sys.platform == "linux"  # elsewhere a fork of a process with threads is not safe, or cannot die with its parent
 DONE = b"done"
 MOST_TOLD = 5000  # characters: what a pipe takes at once, however they are written
+_RUNNING: list[Job] = []
 
 
 class Job:
@@ -29,9 +31,10 @@ class Job:
 
     Args:
         work: what is done there; what it raises is raised here, by :meth:`result`.
+        place: the directory that it works in, for :func:`settle`.
     """
 
-    def __init__(self, work: Callable[[], object]) -> None:
+    def __init__(self, work: Callable[[], object], place: Path | None = None) -> None:
         parent = os.getpid()
         self._told, tell = os.pipe()
         # Ctrl-C and SIGTERM go to whole groups of processes: what becomes of them is the parent's to say.
@@ -50,6 +53,8 @@ class Job:
             os.close(tell)
         self._text: bytes | None = None
         atexit.register(self._finish)  # the program does not end before it
+        self.place = None if place is None else place.resolve()
+        _RUNNING.append(self)
 
     def over(self) -> bool:
         """Whether it has ended; does not wait."""
@@ -89,6 +94,15 @@ class Job:
         with contextlib.suppress(ChildProcessError):  # somebody who waits for all children was quicker
             os.waitpid(self.pid, 0)
         atexit.unregister(self._finish)
+        _RUNNING.remove(self)
+
+
+def settle(place: Path) -> None:
+    """Wait for what this process has begun in a directory, and whoever began it did not wait for."""
+    place = place.resolve()
+    for job in tuple(_RUNNING):  # it leaves while it is gone through
+        if job.place == place:
+            job._finish()
 
 
 def _do(work: Callable[[], object], tell: int, parent: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axontrain.checkpoint import background
 from axontrain.checkpoint import directory as files
 from axontrain.display import COUNTERS
 from axontrain.errors import AxonWarning, CheckpointError
@@ -192,15 +193,17 @@ def commit(directory: Path, name: str, what: files.Encoded, keep: Keep) -> None:
         _remove(entry.path)
 
 
-def sweep(directory: Path) -> list[str]:
-    """Remove what saves that were killed have left in a run directory; returns the names.
+def sweep(directory: Path, name: str | None = None) -> list[str]:
+    """Remove what saves that were killed have left in a run directory, all or those of one name; returns what it found.
 
-    A checkpoint that had stepped aside for one that never came is put back, of several the last.
+    A checkpoint that had stepped aside for one that never came is put back, of several the last. What this process still
+    writes there, for a fit that was not waited for, is no leftover: that is waited for now.
     """
+    background.settle(directory)
     swept = []
     for path in sorted(directory.iterdir(), reverse=True) if directory.is_dir() else ():
         match = LEFT.fullmatch(path.name)
-        if match is None:
+        if match is None or name not in (None, match["name"]):
             continue
         target = directory / match["name"]
         aside = match["kind"] == "old" and not path.is_symlink()

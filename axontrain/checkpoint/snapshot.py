@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 ALIGNMENT = 64
 LARGE = 2**20  # the fork may keep what is smaller
-DONTFORK, DOFORK = 10, 11  # of Linux: see madvise(2)
+DONTFORK, DOFORK, POPULATE_WRITE = 10, 11, 23  # of Linux: see madvise(2)
 
 
 class Snapshot:
@@ -32,9 +33,22 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._asking: threading.Thread | None = None
+
+    def reserve(self, size: int) -> None:
+        """Ask for memory beforehand, beside the training: a gigabyte may take a second."""
+        if size > len(self._memory):
+            self._memory = _large_pages(size)
+            self._asking = threading.Thread(
+                target=_advise, args=([(self._memory.data_ptr(), size)], POPULATE_WRITE), name="axontrain-reserve", daemon=True
+            )
+            self._asking.start()
 
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors of any device here; what is returned is true until the next call."""
+        if self._asking is not None:
+            self._asking.join()
+            self._asking = None
         places, end = {}, 0
         for name, tensor in tensors.items():
             places[name] = end
@@ -55,15 +69,19 @@ class Snapshot:
 @contextlib.contextmanager
 def kept_from_forks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Processes forked within the block do not get the memory of these tensors, so that nothing of it is copied for them."""
-    advise = ctypes.CDLL(None).madvise
     pages = list(_pages(tensors))
-    for start, length in pages:
-        advise(ctypes.c_void_p(start), ctypes.c_size_t(length), DONTFORK)
+    _advise(pages, DONTFORK)
     try:
         yield
     finally:
-        for start, length in pages:
-            advise(ctypes.c_void_p(start), ctypes.c_size_t(length), DOFORK)
+        _advise(pages, DOFORK)
+
+
+def _advise(pages: Iterable[tuple[int, int]], advice: int) -> None:
+    # ctypes lets other threads run meanwhile. Advice that a kernel does not know is not taken, and nothing is lost by it.
+    madvise = ctypes.CDLL(None).madvise
+    for start, length in pages:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def _large_pages(size: int) -> Tensor:

@@ -195,12 +195,14 @@ def session(run: Run) -> Iterator[None]:
             for stream in (run.train, run.validation):
                 if stream is not None:
                     stream.close()
-            if hooks.after_fit is not None:
-                with randomness.kept():  # a run that is resumed has it once more: what is drawn there is not to count
-                    hooks.after_fit(state)
-            for saver in run.savers:
-                saver.close(state)
-            state.request, state.plan, state.resumed = None, None, False
+            try:
+                if hooks.after_fit is not None:
+                    with randomness.kept():  # a run that is resumed has it once more: what is drawn there is not to count
+                        hooks.after_fit(state)
+            finally:
+                state.request, state.plan, state.resumed = None, None, False
+                for saver in run.savers:
+                    saver.close(state)
 
 
 def ask(run: Run, reason: str) -> None:
