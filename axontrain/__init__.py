@@ -32,11 +32,12 @@ from axontrain.errors import (
     UnknownOptionError,
     WorkerError,
 )
+from axontrain.history import History
 from axontrain.loop import Loop
 from axontrain.objective import Objective, Step, Supervised, TaskBatch
 from axontrain.optimizer import Optimizer
 from axontrain.preflight import Report
-from axontrain.state import History, LoopState, Result, Stop, StopEpoch
+from axontrain.state import LoopState, Result, Stop, StopEpoch
 from axontrain.version import VERSION
 
 if TYPE_CHECKING:

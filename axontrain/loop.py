@@ -27,7 +27,7 @@ from axontrain.checkpoint.schema import check
 from axontrain.clock import Duration, Every, Plan
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.data.structure import joined, to_device
-from axontrain.errors import AxonWarning, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
+from axontrain.errors import AxonWarning, CheckpointError, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
 from axontrain.execution.notes import noted, reading
 from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
@@ -486,7 +486,10 @@ class Loop:
         if only not in (None, "objective"):
             raise unknown("part of a state, only =", only, ("objective",))
         tree = source if isinstance(source, Mapping) else _read(Path(source))
-        check(tree)
+        try:
+            check(tree)
+        except CheckpointError as error:
+            raise CheckpointError(f"{'the snapshot' if tree is source else source}: {error}") from error
         if only == "objective":
             self.state.load_weights(tree)
             return

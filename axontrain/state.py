@@ -1,22 +1,19 @@
-"""LoopState: all that changes during a run, in one object that the hooks get. History and Result."""
+"""LoopState: all that changes during a run, in one object that the hooks get. And the Result."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from axontrain import display, randomness
 from axontrain.clock import Cadence, Every, Plan
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of, unknown
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of
+from axontrain.history import History
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names
 from axontrain.objective import Step
@@ -32,105 +29,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on from what ``state_dict`` gave."""
-
-
-class History:
-    """The readings of a run: one row for each step at which something was read.
-
-    Args:
-        path: a file of JSON lines that each reading is appended to; a later line for a step adds to the earlier.
-
-    >>> history = History()
-    >>> history.add(10, 1, {"train/loss": 0.5})
-    >>> history.add(10, 1, {"val/loss": 0.6})
-    >>> history["val/loss"], history.rows
-    ([0.6], [{'epoch': 1, 'step': 10, 'train/loss': 0.5, 'val/loss': 0.6}])
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.path = path
-        # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
-        self.partial: dict[str, Any] | None = None
-
-    def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
-        """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
-        if partial:
-            self.partial = {"row": dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None}
-        if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update({"epoch": epoch, **readings})
-        else:
-            self.rows.append({"epoch": epoch, "step": step, **readings})
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_jsonable({"epoch": epoch, "step": step, **readings}), allow_nan=False) + "\n")
-
-    def take_back(self) -> None:
-        """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
-        if self.partial is not None:
-            del self.rows[-1]
-            if self.partial["row"] is not None:
-                self.rows.append(self.partial["row"])
-            self.partial = None
-
-    def rewrite(self) -> None:
-        """Bring the file to these rows, at once or not at all: it may have rows of steps that a killed run has lost."""
-        if self.path is None or (not self.rows and not self.path.exists()):
-            return
-        lines = [json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in self.rows]
-        beside = self.path.with_name(f"{self.path.name}.tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the readings."""
-        return list({name: None for row in self.rows for name in row if name not in display.COUNTERS})
-
-    def best(self, name: str, mode: str = "min") -> dict[str, Any]:
-        """The row whose reading ``name`` is the lowest (``mode="min"``) or highest (``"max"``); never one that is NaN."""
-        if mode not in ("min", "max"):
-            raise unknown("mode", mode, ("min", "max"))
-        rows = [row for row in self.rows if isinstance(row.get(name), (int, float)) and not math.isnan(row[name])]
-        if not rows:
-            raise unknown("reading", name, self.columns)
-        return (min if mode == "min" else max)(rows, key=lambda row: row[name])
-
-    def copy(self) -> History:
-        """The readings so far, which stay as they are when more are added here."""
-        copied = History()
-        copied.rows = [dict(row) for row in self.rows]
-        return copied
-
-    def __getitem__(self, name: str) -> list[Any]:
-        values = [row[name] for row in self.rows if name in row]
-        if not values:
-            raise unknown("reading", name, [*display.COUNTERS, *self.columns])
-        return values
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, History) and self.rows == other.rows
-
-    __hash__ = None  # type: ignore[assignment]  # it grows
-
-    def __str__(self) -> str:
-        return display.text_table(self.rows) if self.rows else "no readings"
-
-    def __repr__(self) -> str:
-        return f"History({len(self)} rows of {', '.join(self.columns) or 'nothing'})"
-
-    def _repr_html_(self) -> str:
-        return display.rich(self.rows, repr(self))
 
 
 class LoopState:
@@ -267,8 +165,7 @@ class LoopState:
                 "seed": self.seed,
             },
             "values": self.values,
-            "history": self.history.rows,
-            "partial": self.history.partial,
+            **self.history.state_dict(),
             "plan": None if self.old_plan is None else self.old_plan.state_dict(),
             "owed": self.owed,
             "in_epoch": self.in_epoch,
@@ -320,7 +217,8 @@ class LoopState:
         self.samples, self.batch_index = counters["samples"], counters["batch_index"]
         self.epoch_length = counters.get("epoch_length")
         self._trained, self.seed = counters["elapsed"], counters["seed"]
-        self.values, self.history.rows, self.history.partial = state["values"], state["history"], state.get("partial")
+        self.values = state["values"]
+        self.history.load_state_dict(state)
         plan = state.get("plan")
         self.old_plan = None if plan is None else Plan.of(plan)
         self.owed, self.in_epoch, self.setup = state.get("owed", []), state.get("in_epoch", False), state.get("setup", {})
@@ -457,13 +355,3 @@ def _shown(name: str) -> str:
 def _rank(value: Tensor) -> int:
     """What cannot be converted to a lower one without losing more than digits."""
     return 2 if value.is_complex() else 1 if value.is_floating_point() else 0
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # "nan", "inf": JSON has no such numbers
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_jsonable(item) for item in value]
-    return value.item() if isinstance(value, torch.Tensor) else value

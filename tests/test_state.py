@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import axontrain as ax
+from axontrain import history as history_module
 from axontrain.checkpoint.encode import decode, encode
 from axontrain.clock import Every
 
@@ -346,3 +347,33 @@ def test_a_directory_gets_the_history_of_a_fit(tmp_path):
     loop.fit(batches(), batches(1), epochs=2)
     lines = [strict(line) for line in Path(tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     assert lines == loop.state.history.rows
+
+
+readings = st.dictionaries(
+    st.sampled_from(["train/loss", "val/loss", "confusion", "count", "a/b"]),
+    st.floats(allow_subnormal=True) | st.integers(-(2**70), 2**70) | st.booleans() | st.lists(st.integers(0, 3), max_size=2),
+    max_size=4,
+)
+
+
+@given(st.lists(readings, max_size=12), st.integers(1, 5))
+def test_a_history_of_any_length_is_saved_and_restored_to_the_last_bit(rows, packed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(history_module, "PACKED", packed)
+        history, again = ax.History(), ax.History()
+        for step, row in enumerate(rows):
+            history.add(step, 0, row)
+            text, tensors = encode(history.state_dict())
+            again.load_state_dict(decode(text, tensors))
+            assert repr(again.rows) == repr([{**row} for row in history.rows]) or [
+                sorted(map(repr, row.items())) for row in again.rows
+            ] == [sorted(map(repr, row.items())) for row in history.rows]
+
+
+def test_a_long_history_is_saved_by_columns():
+    history = ax.History()
+    for step in range(20_000):
+        history.add(step, 0, {"train/loss": step / 7})
+    text, tensors = encode(history.state_dict())
+    assert len(text) < 500_000
+    assert len(tensors) == 3

@@ -54,7 +54,9 @@ class Entry:
         """What was read at its step; NaN if nothing was."""
         readings = self.about.get("readings")
         value = readings.get(name) if isinstance(readings, Mapping) else None
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return math.nan
+        return float(value) if abs(value) < 2**1000 or isinstance(value, float) else math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from axontrain.errors import CheckpointError, kind_of
 
 REQUIRED = ("objective", "optimizers", "counters", "values", "history", "rng", "meter", "attached")
-OPTIONAL = ("setup", "plan", "owed", "partial", "in_epoch")
+OPTIONAL = ("early", "setup", "plan", "owed", "partial", "in_epoch")
 COUNTED = ("epoch", "step", "samples", "batch_index")
 MOST = 2**63  # of a counter
 # torch.optim's own that look at each parameter's steps while they are loaded, and those that have a fused kernel.
@@ -55,6 +55,8 @@ def check(tree: Any) -> None:
         _optimizer(of_one, f"optimizers/{name}", state["objective"])
     _counters(state["counters"], "counters")
     _texts(state["values"], "values")
+    if state.get("early") is not None:
+        _early(state["early"], "early")
     for index, row in enumerate(_list(state["history"], "history")):
         _row(row, f"history/{index}")
     if state["rng"] is not None:
@@ -80,6 +82,29 @@ def _row(value: Any, place: str) -> None:
     row = _texts(value, place)
     for key in ("step", "epoch"):
         _count(_of(row, key, place), f"{place}/{key}")
+
+
+def _early(value: Any, place: str) -> None:
+    """Check the earlier rows of a history, which are held by columns."""
+    columns = {name: _only(column, f"{place}/{name}", "rows", "values") for name, column in _texts(value, place).items()}
+    for name in ("step", "epoch"):
+        values = _of(_of(columns, name, place), "values", f"{place}/{name}")
+        if columns[name].get("rows") is not None or not isinstance(values, Tensor) or values.dtype is not torch.int64:
+            raise _wrong(values, f"{place}/{name}", "a whole number for each row")
+    count = columns["step"]["values"].numel()
+    for name, column in columns.items():
+        rows, values = _of(column, "rows", f"{place}/{name}"), _of(column, "values", f"{place}/{name}")
+        length = len(values) if isinstance(values, list) or (isinstance(values, Tensor) and values.dim() == 1) else -1
+        if length < 0 or (rows is None and length != count):
+            raise _wrong(values, f"{place}/{name}/values", "one value for each row")
+        if rows is not None and not _are_places(rows, length, count):
+            raise _wrong(rows, f"{place}/{name}/rows", "the numbers of its rows")
+
+
+def _are_places(rows: Any, length: int, count: int) -> bool:
+    if not isinstance(rows, Tensor) or rows.dtype is not torch.int64 or rows.shape != (length,):
+        return False
+    return not length or (int(rows.min()) >= 0 and int(rows.max()) < count)
 
 
 def _counters(value: Any, place: str) -> None:

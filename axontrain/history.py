@@ -1,0 +1,178 @@
+"""History: the readings of a run, in memory and as lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axontrain import display
+from axontrain.errors import unknown
+
+PACKED = 4096  # rows of a history
+
+
+class History:
+    """The readings of a run: one row for each step at which something was read.
+
+    Args:
+        path: a file of JSON lines that each reading is appended to; a later line for a step adds to the earlier.
+
+    >>> history = History()
+    >>> history.add(10, 1, {"train/loss": 0.5})
+    >>> history.add(10, 1, {"val/loss": 0.6})
+    >>> history["val/loss"], history.rows
+    ([0.6], [{'epoch': 1, 'step': 10, 'train/loss': 0.5, 'val/loss': 0.6}])
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.path = path
+        # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
+        self.partial: dict[str, Any] | None = None
+        self._early: tuple[list[dict[str, Any]], int, dict[str, Any] | None] = (self.rows, 0, None)
+
+    def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
+        """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
+        if partial:
+            self.partial = {"row": dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None}
+        if self.rows and self.rows[-1]["step"] == step:
+            self.rows[-1].update({"epoch": epoch, **readings})
+        else:
+            self.rows.append({"epoch": epoch, "step": step, **readings})
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_jsonable({"epoch": epoch, "step": step, **readings}), allow_nan=False) + "\n")
+
+    def take_back(self) -> None:
+        """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
+        if self.partial is not None:
+            del self.rows[-1]
+            if self.partial["row"] is not None:
+                self.rows.append(self.partial["row"])
+            self.partial = None
+
+    def rewrite(self) -> None:
+        """Bring the file to these rows, at once or not at all: it may have rows of steps that a killed run has lost."""
+        if self.path is None or (not self.rows and not self.path.exists()):
+            return
+        lines = [json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in self.rows]
+        beside = self.path.with_name(f"{self.path.name}.tmp")
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path)
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the readings."""
+        return list({name: None for row in self.rows for name in row if name not in display.COUNTERS})
+
+    def best(self, name: str, mode: str = "min") -> dict[str, Any]:
+        """The row whose reading ``name`` is the lowest (``mode="min"``) or highest (``"max"``); never one that is NaN."""
+        if mode not in ("min", "max"):
+            raise unknown("mode", mode, ("min", "max"))
+        rows = [row for row in self.rows if isinstance(row.get(name), (int, float)) and not math.isnan(row[name])]
+        if not rows:
+            raise unknown("reading", name, self.columns)
+        return (min if mode == "min" else max)(rows, key=lambda row: row[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows: the last ones as they are; what is before them, once it is long, by columns, as tensors.
+
+        A million rows would be far more text than a checkpoint is read with.
+        """
+        count = max(0, len(self.rows) - 1) // PACKED * PACKED  # the last row may change yet
+        if self._early[0] is not self.rows or self._early[1] != count:
+            self._early = (self.rows, count, _columns(self.rows[:count]) if count else None)
+        return {"history": self.rows[count:], "early": self._early[2], "partial": self.partial}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the rows that ``state_dict`` gave."""
+        self.rows = [*_rows(state.get("early")), *state["history"]]
+        self.partial = state.get("partial")
+
+    def copy(self) -> History:
+        """The readings so far, which stay as they are when more are added here."""
+        copied = History()
+        copied.rows = [dict(row) for row in self.rows]
+        return copied
+
+    def __getitem__(self, name: str) -> list[Any]:
+        values = [row[name] for row in self.rows if name in row]
+        if not values:
+            raise unknown("reading", name, [*display.COUNTERS, *self.columns])
+        return values
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, History) and self.rows == other.rows
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def __str__(self) -> str:
+        return display.text_table(self.rows) if self.rows else "no readings"
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} rows of {', '.join(self.columns) or 'nothing'})"
+
+    def _repr_html_(self) -> str:
+        return display.rich(self.rows, repr(self))
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows by columns: for each name in which rows it stands (None: in all), and its values."""
+    places: dict[str, list[int]] = {}
+    values: dict[str, list[Any]] = {}
+    for index, row in enumerate(rows):
+        for name, value in row.items():
+            places.setdefault(name, []).append(index)
+            values.setdefault(name, []).append(value)
+    return {
+        name: {"rows": None if len(at) == len(rows) else torch.tensor(at), "values": _as_tensor(values[name])}
+        for name, at in places.items()
+    }
+
+
+def _as_tensor(values: list[Any]) -> Any:
+    kinds = {type(value) for value in values}
+    if kinds == {float}:
+        return torch.tensor(values, dtype=torch.float64)  # Python's own floats, to the last bit
+    if kinds == {int} and all(abs(value) < 2**63 for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    return values
+
+
+def _rows(columns: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if columns is None:
+        return []
+    found: list[dict[str, Any]] = [{} for _ in range(len(columns["step"]["values"]))]
+    for name, column in columns.items():
+        values = column["values"]
+        places = range(len(found)) if column["rows"] is None else column["rows"].tolist()
+        for place, value in zip(places, values.tolist() if isinstance(values, Tensor) else values, strict=True):
+            found[place][name] = value
+    return found
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf": JSON has no such numbers
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
+    return value.item() if isinstance(value, torch.Tensor) else value
