@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from axontrain import display
-from axontrain.errors import unknown
+from axontrain.errors import AxonWarning, unknown
 
 PACKED = 4096  # rows of a history
 
@@ -34,6 +35,7 @@ class History:
     def __init__(self, path: Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.path = path
+        self._behind = False  # whether the file lacks rows
         # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
         self.partial: dict[str, Any] | None = None
         self._early: tuple[list[dict[str, Any]], int, dict[str, Any] | None] = (self.rows, 0, None)
@@ -47,9 +49,26 @@ class History:
         else:
             self.rows.append({"epoch": epoch, "step": step, **readings})
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_jsonable({"epoch": epoch, "step": step, **readings}), allow_nan=False) + "\n")
+            try:
+                self._append({"epoch": epoch, "step": step, **readings})
+            except OSError as error:
+                if not self._behind:
+                    warnings.warn(
+                        f"{self.path} could not be written: {error}. Its rows are kept in memory, and written when that is "
+                        f"possible again",
+                        AxonWarning,
+                        stacklevel=2,
+                    )
+                self._behind = True
+
+    def _append(self, row: dict[str, Any]) -> None:
+        assert self.path is not None  # as add has seen
+        if self._behind:
+            self.rewrite()
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
 
     def take_back(self) -> None:
         """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
@@ -70,6 +89,7 @@ class History:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(self.path)
+        self._behind = False
 
     @property
     def columns(self) -> list[str]:

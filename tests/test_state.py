@@ -377,3 +377,20 @@ def test_a_long_history_is_saved_by_columns():
     text, tensors = encode(history.state_dict())
     assert len(text) < 500_000
     assert len(tensors) == 3
+
+
+def test_a_history_that_cannot_be_written_is_warned_of_once_and_written_later(tmp_path):
+    path = tmp_path / "run" / "history.jsonl"
+    history = ax.History(path)
+    history.add(1, 0, {"loss": 1.0})
+    lines = path.read_text()
+    path.unlink()
+    path.mkdir()  # as unwritable as a full disk
+    with pytest.warns(ax.AxonWarning, match=r"history\.jsonl could not be written"):
+        history.add(2, 0, {"loss": 2.0})
+    history.add(3, 0, {"loss": 3.0})  # a second warning would be an error here
+    path.rmdir()
+    path.write_text(lines)
+    history.add(4, 0, {"loss": 4.0})
+    history.add(5, 0, {"loss": 5.0})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]

@@ -86,6 +86,7 @@ class Checkpoint(Saver):
         self._writing = Path()  # what the job writes
         self._at: tuple[int, int, int] | None = None  # the place in the run that was saved last
         self._at_permanent = False
+        self._written: list[int] = []  # the numbers of this fit's checkpoints; one that failed is not there to be asked about
         self._sized = False  # whether it was seen how large the state is
 
     def __repr__(self) -> str:
@@ -117,7 +118,7 @@ class Checkpoint(Saver):
         self._permanent = None if self.permanent is None else state.cadence("Checkpoint.permanent", self.permanent)
         for cadence in self._all():
             cadence.start(state, resumed=state.resumed)
-        self._at, self._sized = None, False
+        self._at, self._sized, self._written = None, False, []
         return None
 
     def next_step(self, state: LoopState) -> float:
@@ -208,7 +209,8 @@ class Checkpoint(Saver):
         tree = state.live()
         apart = not wait and self._goes_apart(tree)
         what = directory.encoded(tree, about, place if apart else None)
-        work = partial(runs.commit, where, name, what, self.keep)
+        work = partial(runs.commit, where, name, what, self.keep, frozenset(self._written))
+        self._written.append(number)
         self._at, self._at_permanent = _place(state), permanent
         if apart and self._begin(work, live):
             return

@@ -6,9 +6,9 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +182,17 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
     return None
 
 
-def commit(directory: Path, name: str, what: files.Encoded, keep: Keep) -> None:
-    """Write a checkpoint, verify it, and only then prune what is superfluous."""
+def commit(directory: Path, name: str, what: files.Encoded, keep: Keep, verified: Collection[int] = ()) -> None:
+    """Write a checkpoint, verify it, and only then prune what is superfluous.
+
+    Args:
+        directory: of the run.
+        name: as :func:`name_of` makes it.
+        what: the state, made ready.
+        keep: what is not superfluous.
+        verified: the numbers of checkpoints that this run has written and seen to be good; others are read before they
+            count among the last, lest a damaged one push out a good one.
+    """
     path = files.commit(directory / name, what)
     files.verify(path)
     there = [entry for entry in entries(directory) if entry.path != path]
@@ -191,8 +200,22 @@ def commit(directory: Path, name: str, what: files.Encoded, keep: Keep) -> None:
     # Another checkpoint of the same step is from before a fault that this run has gone back behind.
     again = [entry for entry in there if entry.step == written.step]
     rest = [*(entry for entry in there if entry.step != written.step), written]
-    for entry in (*again, *keep.superfluous(rest)):
+    for entry in (*again, *keep.superfluous(_looked_at(rest, keep, verified))):
         _remove(entry.path)
+
+
+def _looked_at(there: list[Entry], keep: Keep, verified: Collection[int]) -> list[Entry]:
+    """The entries, and of those that would count among the last, whether every byte of them is good."""
+    looked_at, wanted = [], 0 if keep.last is None else keep.last - 1  # the newest has just been verified
+    for entry in reversed(there[:-1]):
+        seen = entry
+        if wanted > 0 and not entry.problem:
+            if entry.number not in verified and not files.is_whole(entry.path):
+                seen = replace(entry, problem=f"{entry.path} is damaged")
+            else:
+                wanted -= 1
+        looked_at.append(seen)
+    return [*reversed(looked_at), there[-1]]
 
 
 def sweep(directory: Path, name: str | None = None) -> list[str]:
