@@ -147,10 +147,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.directory) as temporary:
         rows = measured(given.gigabytes, given.rounds, Path(temporary), given.seed)
-    print(
-        f"{datetime.now(UTC):%Y-%m-%d}, {report.machine()}, state: {given.gigabytes:g} GB, rounds: {given.rounds}; median (range)\n"
-    )
-    header = ["contender", "stall of a save, s", "over torch.save", "until written, s", "a step meanwhile, over before"]
+    told = f"state: {given.gigabytes:g} GB, rounds: {given.rounds}; median (range)"
+    print(f"{datetime.now(UTC):%Y-%m-%d}, {report.machine()}, torch {torch.__version__}, {told}\n")
+    header = ["contender", "stall, s", "over torch.save", "until written, s", "a step meanwhile, over before"]
     print(report.table(header, rows, markdown=given.markdown))
 
 

@@ -1,5 +1,6 @@
 """On a GPU: it learns there, the data may live there, and no step waits for the device."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,3 +85,98 @@ def test_skipped_updates_change_nothing_on_the_device():
     assert float(loop.train_on_batch(bad).skipped) > 0
     after = loop.save()
     assert all(torch.equal(before["objective"][name], after["objective"][name]) for name in before["objective"])
+
+
+class Varied(ax.Objective):
+    """Deterministic kernels alone; dropout draws from the device's generator, the noise from the CPU's and NumPy's."""
+
+    metrics = ("accuracy",)
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.3), nn.Linear(64, 10))
+
+    def predict(self, images):
+        noise = torch.randn(images.shape, device=images.device) + torch.rand(64).to(images.device)
+        return self.net(images + 0.1 * noise + 0.1 * float(np.random.normal()))
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def varied(directory=None, *, start=0, stop=None, every=None):
+    torch.manual_seed(start)
+    optimizer = ax.Optimizer("adamw", lr=3e-3, clip_norm=1.0, schedule=ax.schedules.cosine(warmup="5%"))
+    callbacks = [ax.EarlyStopping(patience=99), ax.ReduceLROnPlateau(patience=1)]
+    if every is not None:
+        callbacks.append(ax.Checkpoint(every=every, keep_last=None, asynchronous=True))
+    loop = ax.Loop(Varied(), optimizer, callbacks=callbacks, progress=False, directory=directory)
+    if stop is not None:
+        loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == stop else None)
+    return loop
+
+
+def leaves(tree, path=""):
+    if isinstance(tree, dict):
+        return {key: leaf for name, part in tree.items() for key, leaf in leaves(part, f"{path}/{name}").items()}
+    if isinstance(tree, (list, tuple)):
+        return {key: leaf for i, part in enumerate(tree) for key, leaf in leaves(part, f"{path}/{i}").items()}
+    return {path: tree}
+
+
+def assert_same_state(one, other):
+    one, other = (
+        {
+            name: leaf
+            for name, leaf in leaves(tree).items()
+            if not any(word in name for word in ("elapsed", "cadence/Checkpoint", "meter/example"))
+        }
+        for tree in (one, other)
+    )
+    assert one.keys() == other.keys()
+    for name, leaf in one.items():
+        is_tensor = isinstance(leaf, torch.Tensor)
+        assert torch.equal(leaf.cpu(), other[name].cpu()) if is_tensor else leaf == other[name] or leaf != leaf, name
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, deterministic, step):
+    """Each step of three epochs of four, the last of which is cut short: weights, states, history, generators."""
+    train, test = (ax.data.Subset(part, range(200)) for part in ax.data.digits())
+    fit = {"train": train, "validation": test, "epochs": 3, "steps": 11, "batch_size": 64, "validate": "3 steps"}
+    whole = varied(tmp_path / "whole")
+    result = whole.fit(**fit)
+    assert len(whole.save()["rng"]["cuda"]) == torch.cuda.device_count()
+    varied(tmp_path / "run", stop=step).fit(**fit)
+    torch.cuda.manual_seed(step)
+    again = varied(tmp_path / "run", start=1)
+    found = again.fit(**fit, resume=True)
+    assert_same_state(whole.save(), again.save())
+    assert (found.values, found.history) == (result.values, result.history)
+
+
+def test_checkpoints_written_meanwhile_are_of_their_steps(tmp_path, deterministic):
+    """By another process, while the device trains on: each goes on to the same end."""
+    train, _ = ax.data.digits()
+    fit = {"train": train, "epochs": 2, "batch_size": 64}
+    whole = varied(every=None)
+    whole.callbacks.clear()
+    whole.fit(**fit)
+    loop = varied(tmp_path / "run", every=5)
+    del loop.callbacks[:2]
+    loop.fit(**fit)
+    for path in sorted((tmp_path / "run").glob("step-*")):
+        again = varied(start=1)
+        again.callbacks.clear()
+        again.restore(path)
+        again.fit(**fit, resume=True)
+        for name, value in whole.objective.state_dict().items():
+            assert torch.equal(value, again.objective.state_dict()[name]), (path.name, name)
