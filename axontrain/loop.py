@@ -205,7 +205,9 @@ class Loop:
                     state.samples += size_of(batch)
                     record(step)  # on the device
                     if after_batch is not None:
+                        state.owed = DUE  # a state saved by a hook has yet to be looked at
                         after_batch(state)
+                        state.owed = []
                     yield step
                     if state.step >= run.next_step or perf_counter() >= run.next_time or state.request is not None:
                         if self._look_up(run):
@@ -289,7 +291,7 @@ class Loop:
         state = run.state
         if not state.owed:
             return
-        if state.owed == [LOOK_UP]:
+        if state.owed == DUE:
             state.owed = []
             run.look_ahead()
             if run.epoch_is_over():
@@ -575,8 +577,8 @@ class Loop:
         same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
         ended = state.batch_index >= (stream.length or math.inf)
         if resumed and same and ended and state.in_epoch and not state.owed:
-            state.owed = [LOOK_UP]  # left or saved between an epoch's last step and its end
-        if not same or (ended and LOOK_UP not in state.owed):
+            state.owed = DUE  # left or saved between an epoch's last step and its end
+        if not same or (ended and state.owed != DUE):
             state.batch_index, state.in_epoch = 0, False  # other batches than those that it had begun with: it begins anew
         if resumed and state.old_plan is not None:
             plan.goes_on_from(state.old_plan)
@@ -641,7 +643,7 @@ class Loop:
         try:
             for step in algorithm:
                 state.rng, state.drawing = randomness.capture(), False
-                state.owed = [LOOK_UP]  # who leaves now, or saves, has not had what is due after this step
+                state.owed = DUE  # who leaves now, or saves, has not had what is due after this step
                 randomness.restore(caller)
                 try:
                     yield step
@@ -757,4 +759,4 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
 END = object()
 # What an interruption can leave undone at the end of a step.
 VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"
-LOOK_UP = "look up"  # all of it: the caller of steps() has left the loop
+DUE = ["look up"]  # all of it

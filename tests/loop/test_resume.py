@@ -401,3 +401,25 @@ def test_the_callers_generators_are_as_they_were(tmp_path):
     after = torch.rand(3)
     torch.manual_seed(3)
     assert torch.equal(after, torch.rand(3))
+
+
+@pytest.mark.parametrize("step", range(1, 16))
+def test_a_state_saved_by_a_hook_within_a_step_loses_nothing_that_was_due_after_it(tmp_path, step):
+    torch.manual_seed(0)
+    x = torch.randn(40, 3)
+    data = ax.ArrayDataset(x, x.sum(1, keepdim=True))
+
+    def make():
+        torch.manual_seed(1)
+        objective = ax.Supervised(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(), torch.nn.Linear(4, 1)), "mse")
+        return ax.Loop(objective, ax.Optimizer("adam", lr=0.01), metrics=["mae"], progress=False)
+
+    loop, other = make(), make()
+    loop.on("after_batch")(lambda state: loop.save(tmp_path / "saved") if state.step == step else None)
+    loop.fit(data, data, epochs=3, batch_size=8, validate=3)
+    other.restore(tmp_path / "saved")
+    other.on("after_batch")(lambda state: None)
+    other.fit(data, data, epochs=3, batch_size=8, validate=3, resume=True)
+    assert other.state.history == loop.state.history
+    for name, value in loop.objective.state_dict().items():
+        assert torch.equal(value, other.objective.state_dict()[name])

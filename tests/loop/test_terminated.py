@@ -191,6 +191,7 @@ def read_until(program, word):
     raise AssertionError(f"it never said {word}")
 
 
+@pytest.mark.slow
 def test_a_script_that_was_terminated_and_started_again_ends_as_one_that_was_not(tmp_path):
     path, directory = tmp_path / "script.py", tmp_path / "run"
     program = started(path, directory, seconds=0.05)
@@ -218,6 +219,7 @@ def test_a_script_that_was_terminated_and_started_again_ends_as_one_that_was_not
     assert torch.equal(saved[0]["rng"]["torch"], saved[1]["rng"]["torch"])
 
 
+@pytest.mark.slow
 def test_the_end_of_a_program_waits_for_what_is_being_written(tmp_path):
     """Two Ctrl-C end it at once, in the middle of a save by another process."""
     text = f"""
