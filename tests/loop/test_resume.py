@@ -415,7 +415,12 @@ def test_a_state_saved_by_a_hook_within_a_step_loses_nothing_that_was_due_after_
         return ax.Loop(objective, ax.Optimizer("adam", lr=0.01), metrics=["mae"], progress=False)
 
     loop, other = make(), make()
-    loop.on("after_batch")(lambda state: loop.save(tmp_path / "saved") if state.step == step else None)
+
+    @loop.on("after_batch")
+    def save(state):
+        if state.step == step:
+            loop.save(tmp_path / "saved")
+
     loop.fit(data, data, epochs=3, batch_size=8, validate=3)
     other.restore(tmp_path / "saved")
     other.on("after_batch")(lambda state: None)
