@@ -6,11 +6,11 @@ A hook that no callback overrides costs nothing: the loop holds None in its plac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 from axontrain.clock import Cadence, Every
 from axontrain.errors import ConfigurationError, kind_of, reject, unknown
-from axontrain.state import LoopState, Stop, StopEpoch
+from axontrain.state import LoopState, Stateful, Stop, StopEpoch
 
 Answer = Stop | StopEpoch | None
 Hook = Callable[[LoopState], Answer]
@@ -54,6 +54,9 @@ class Callback:
     """
 
     every: Every | None = None
+    given: dict[str, Any]
+    # Whether before_fit says by itself, from a state of its own, that it has ended the run that is resumed.
+    restates = False
 
     def __init__(
         self,
@@ -68,6 +71,18 @@ class Callback:
         if any(given is not None for given in (every, first, after, before)):
             self.every = Every.parse(every, first=first, after=after, before=before)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note what it was made with: a run that is resumed says what of it has changed."""
+        made = super().__new__(cls)
+        given = {str(number): value for number, value in enumerate(args)} | kwargs
+        made.given = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, type(None)))}
+        return made
+
+    @property
+    def label(self) -> str:
+        """What its state is saved under: two that could be taken for one another have two."""
+        return type(self).__name__
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in vars(cls).items():
@@ -81,7 +96,11 @@ class Callback:
         """After everything else of a fit, however it ended; its answer has nothing left to stop."""
 
     def before_epoch(self, state: LoopState) -> Answer:
-        """Before the first batch of an epoch, or where a fit goes on within one."""
+        """Before the first batch of an epoch, or where a fit goes on within one.
+
+        A run that is resumed within an epoch (``state.resumed``) has had it before: what is drawn there does not count, and
+        what has a cadence is not called again; what it changes of the state would be changed twice.
+        """
 
     def after_epoch(self, state: LoopState) -> Answer:
         """After the epoch was counted, validation, and the readings."""
@@ -96,7 +115,7 @@ class Callback:
         """Between backward and update: gradients as backward left them, unscaled and unclipped."""
 
     def before_evaluate(self, state: LoopState) -> Answer:
-        """Before each validation."""
+        """Before each validation; once more where one was interrupted and the run is resumed, as ``before_epoch``."""
 
     def after_evaluate(self, state: LoopState) -> Answer:
         """After each validation, its readings in ``state.values``."""
@@ -144,6 +163,10 @@ class FunctionCallback(Callback):
         self.hook, self.function = hook, function
         setattr(self, hook, function)
 
+    @property
+    def label(self) -> str:
+        return f"{self.hook}:{getattr(self.function, '__name__', 'function')}"
+
     def __repr__(self) -> str:
         return f"on({self.hook!r}, {getattr(self.function, '__name__', self.function)})"
 
@@ -175,22 +198,25 @@ class Hooks:
                 if callback.every is not None and hook not in ALWAYS:
                     cadence = state.cadence(f"{key}.{hook}", callback.every)
                     cadence.start(state, resumed=resumed)
-                wanted.append((getattr(callback, hook), cadence, callback))
+                wanted.append((getattr(callback, hook), cadence, (key, callback.given)))
             setattr(self, hook, _caller(hook, wanted) if wanted else None)
 
 
 def keys(callbacks: Iterable[Callback]) -> dict[str, Callback]:
-    """Name each callback by its class, so that its state finds it again; two of one class are numbered."""
+    """Name each callback by its class, so that its state finds it again; two of one name are numbered."""
     named: dict[str, Callback] = {}
     for callback in callbacks:
-        base = key = type(callback).__name__
-        if isinstance(callback, FunctionCallback):
-            base = key = f"{callback.hook}:{getattr(callback.function, '__name__', 'function')}"
+        base = key = callback.label
         number = 2
         while key in named:
             key, number = f"{base}#{number}", number + 1
         named[key] = callback
     return named
+
+
+def stateful(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """Those that take part in saving and restoring, by their keys."""
+    return {key: one for key, one in keys(callbacks).items() if isinstance(one, Stateful)}
 
 
 def overrides(callback: Callback, hook: str) -> bool:
@@ -209,26 +235,29 @@ def checked(callbacks: Any) -> list[Callback]:
             raise ConfigurationError(
                 f"callbacks: {kind_of(callback)}{hint} is no ax.Callback; a function becomes one by loop.on(hook)"
             )
+    for callback in found:
+        if hasattr(callback, "state_dict") != hasattr(callback, "load_state_dict"):
+            raise ConfigurationError(f"callbacks: {callback!r} has one of state_dict and load_state_dict; a state needs both")
     for index, callback in enumerate(found):
         if any(callback is other for other in found[:index]):
             raise ConfigurationError(f"callbacks: {callback!r} is there twice, so it would count everything twice")
     return found
 
 
-def _caller(hook: str, wanted: list[tuple[Hook, Cadence | None, Callback]]) -> Callable[[LoopState], None]:
+def _caller(hook: str, wanted: list[tuple[Hook, Cadence | None, tuple[str, dict[str, Any]]]]) -> Callable[[LoopState], None]:
     def call(state: LoopState) -> None:
-        for function, cadence, callback in wanted:
-            if cadence is None or cadence.due(state):
+        for function, cadence, who in wanted:
+            if cadence is None or (not state.repeating and cadence.due(state)):
                 answer = function(state)
                 if answer is not None:
-                    _take(answer, state, callback)
+                    _take(answer, state, who)
 
-    def _take(answer: Any, state: LoopState, callback: Callback) -> None:
+    def _take(answer: Any, state: LoopState, who: tuple[str, dict[str, Any]]) -> None:
         if not isinstance(answer, (Stop, StopEpoch)):
             raise ConfigurationError(
-                f"{callback!r}.{hook} returned {kind_of(answer)}; a hook returns None, ax.Stop(reason) or ax.StopEpoch(reason)"
+                f"{hook} of {who[0]} returned {kind_of(answer)}; a hook returns None, ax.Stop(reason) or ax.StopEpoch(reason)"
             )
         if not isinstance(state.request, Stop):  # a Stop outranks a StopEpoch; the first of each kind gives the reason
-            state.request = answer
+            state.request, state.stopper = answer, who
 
     return call

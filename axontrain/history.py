@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import stat
+import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,10 @@ import torch
 from torch import Tensor
 
 from axontrain import display
-from axontrain.errors import AxonWarning, unknown
+from axontrain.errors import AxonWarning, ConfigurationError, unknown
 
 PACKED = 4096  # rows of a history
+_UNFOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor is a pipe waited for
 
 
 class History:
@@ -35,6 +40,7 @@ class History:
     def __init__(self, path: Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.path = path
+        self.guard: Callable[[], None] | None = None  # asked before the file is written: raises where it may not be
         self._behind = False  # whether the file lacks rows
         # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
         self.partial: dict[str, Any] | None = None
@@ -52,23 +58,32 @@ class History:
             try:
                 self._append({"epoch": epoch, "step": step, **readings})
             except OSError as error:
-                if not self._behind:
-                    warnings.warn(
-                        f"{self.path} could not be written: {error}. Its rows are kept in memory, and written when that is "
-                        f"possible again",
-                        AxonWarning,
-                        stacklevel=2,
-                    )
-                self._behind = True
+                self._fall_behind(error)
 
     def _append(self, row: dict[str, Any]) -> None:
         assert self.path is not None  # as add has seen
         if self._behind:
-            self.rewrite()
+            self._write_anew()
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
+        if self.guard is None:  # else there is a run whose directory it is
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            self.guard()
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _UNFOLLOWED, 0o666)
+        with open(file, "a", encoding="utf-8") as stream:  # noqa: PTH123  # it is open
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(f"{self.path} is no file")
+            stream.write(json.dumps(_jsonable(row), allow_nan=False) + "\n")
+
+    def _fall_behind(self, error: OSError) -> None:
+        if not self._behind:
+            warnings.warn(
+                f"{self.path} could not be written: {error}. Its rows are kept in memory, and written when that is possible "
+                f"again",
+                AxonWarning,
+                stacklevel=3,
+            )
+        self._behind = True
 
     def take_back(self) -> None:
         """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
@@ -79,16 +94,45 @@ class History:
             self.partial = None
 
     def rewrite(self) -> None:
-        """Bring the file to these rows, at once or not at all: it may have rows of steps that a killed run has lost."""
-        if self.path is None or (not self.rows and not self.path.exists()):
+        """Bring the file to these rows, at once or not at all: it may have rows of steps that a killed run has lost.
+
+        Raises:
+            ConfigurationError: if a link is in its place, or something else that is no file.
+        """
+        if self.path is None:
             return
+        found = self.path.lstat() if os.path.lexists(self.path) else None
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            raise ConfigurationError(f"{self.path} is a link, or no file: a run has a file of its own there; remove it")
+        if not self.rows and found is None:
+            return
+        try:
+            self._write_anew()
+        except OSError as error:
+            self._fall_behind(error)
+
+    def _write_anew(self) -> None:
+        assert self.path is not None  # as whoever calls has seen
+        if self.guard is not None:
+            self.guard()
         lines = [json.dumps(_jsonable(row), allow_nan=False) + "\n" for row in self.rows]
-        beside = self.path.with_name(f"{self.path.name}.tmp")
-        with beside.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        left = re.compile(rf"{re.escape(self.path.name)}\.tmp-[0-9a-f]{{32}}")
+        for one in self.path.parent.iterdir():
+            if left.fullmatch(one.name):  # by a run that was killed
+                with suppress(OSError):
+                    one.unlink()
+        beside = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _UNFOLLOWED, 0o666)
+            with open(file, "w", encoding="utf-8") as stream:  # noqa: PTH123  # it is open
+                stream.writelines(lines)
+                stream.flush()
+                os.fsync(file)
+            beside.replace(self.path)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink()
+            raise
         self._behind = False
 
     @property

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -30,8 +32,19 @@ from axontrain.data.structure import joined, to_device
 from axontrain.errors import AxonWarning, CheckpointError, ConfigurationError, OptimizerError, kind_of, reject, unknown, whole
 from axontrain.execution import modes
 from axontrain.execution.notes import noted, reading
-from axontrain.execution.run import READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
-from axontrain.execution.setup import compare, describe, same_batches
+from axontrain.execution.run import (
+    AFTER_EPOCH,
+    DUE,
+    EVALUATE,
+    READ_EVERY_SECONDS,
+    VALIDATE,
+    Run,
+    again,
+    clear_gradients,
+    session,
+    stream_of,
+)
+from axontrain.execution.setup import compare, describe, same_batches, tell, warn
 from axontrain.execution.steps import Runner, check_eval, runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
@@ -39,7 +52,7 @@ from axontrain.objective import Objective, Step, task_of
 from axontrain.objective import batch_size as size_of
 from axontrain.optimizer import MAIN, Optimizer, check_covered, route
 from axontrain.preflight import Report, preflight
-from axontrain.state import LoopState, Result, Stateful, StopEpoch
+from axontrain.state import LoopState, Result, Stop, StopEpoch
 from axontrain.update import Update
 
 Function = TypeVar("Function", bound=Hook)
@@ -101,6 +114,8 @@ class Loop:
         self._eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
         self.callbacks = callback.checked(callbacks)
         self.strict, self.progress = strict, progress
+        if directory is not None and not isinstance(directory, (str, os.PathLike)):
+            raise ConfigurationError(f"directory={directory!r}: a path, as 'runs/first'; None writes nothing")
         self.directory = None if directory is None else Path(directory)
         self.optimizers = _optimizers(optimizer)
         bound = {
@@ -196,7 +211,7 @@ class Loop:
                 for batch in run.batches():
                     if before_batch is not None:
                         before_batch(state)
-                        if run.leaves_out():
+                        if state.request is not None:
                             break
                     state.last = step = None  # what it holds need not outlive the next forward pass
                     state.last = step = train_step(batch)  # forward, backward, after_backward, update
@@ -223,11 +238,11 @@ class Loop:
         if not run.epoch_is_over():  # else the epoch's end does it
             if run.validate.due(state):
                 self._read_and_validate(run)
-            elif state.request is None and perf_counter() >= run.next_reading:
+            elif perf_counter() >= run.next_reading:
                 state.read()
             run.save()
         run.look_ahead()
-        return state.request is not None or run.plan.over(state) is not None
+        return state.request is not None or run.interrupted() or run.plan.over(state) is not None
 
     def _end_epoch(self, run: Run) -> None:
         """Count the epoch; then validation, readings, ``after_epoch``, saving: all of one and the same step."""
@@ -256,7 +271,7 @@ class Loop:
         if validate and run.validation is not None:
             self._validate(run, readings)
         else:
-            _take(state, readings)
+            _record(state, readings)
 
     def _validate(self, run: Run, readings: dict[str, Any]) -> None:
         """Evaluate, and take the readings with those of training.
@@ -265,21 +280,26 @@ class Loop:
         """
         state = run.state
         assert run.validation is not None  # else nothing is due
-        if run.interrupted() or (state.request is not None and state.batch_index):
+        too_late = isinstance(state.request, Stop) and state.batch_index and EVALUATE not in state.owed
+        if run.interrupted() or too_late:
             if not state.owed or state.owed[0] == AFTER_EPOCH:
                 state.owed = [VALIDATE, *state.owed]
-            _take(state, readings)
+            _record(state, readings)
             return
         if run.hooks.before_evaluate is not None:
-            with randomness.kept() if EVALUATE in state.owed else contextlib.nullcontext():  # it has had its draws
+            with again(state) if EVALUATE in state.owed else contextlib.nullcontext():
                 run.hooks.before_evaluate(state)
         rest = [one for one in state.owed if one == AFTER_EPOCH]
         state.owed = [EVALUATE, *rest]
-        found = self._evaluate(run.validation, run)
+        try:
+            found = self._evaluate(run.validation, run)
+        except BaseException:
+            _record(state, readings)
+            raise
         run.validated, interrupted = True, run.interrupted()
         if not interrupted:
             readings = readings | {f"val/{name}": value for name, value in found.items()}
-        _take(state, readings)
+        _record(state, readings)
         if interrupted:
             return
         state.owed = rest
@@ -289,24 +309,23 @@ class Loop:
     def _settle(self, run: Run) -> None:
         """Do what an interruption left undone at the end of the last step, where the run is resumed."""
         state = run.state
-        if not state.owed:
+        if not state.resumed:
             return
         if state.owed == DUE:
             state.owed = []
-            run.look_ahead()
-            if run.epoch_is_over():
-                self._end_epoch(run)
+            self._look_up(run)
+        elif state.owed:
+            if run.validation is None:
+                state.owed = [one for one in state.owed if one == AFTER_EPOCH]
+            elif state.owed[0] in (VALIDATE, EVALUATE):
+                self._validate(run, {})
+                state.history.rewrite()  # one row of it and of what was read before
+            if AFTER_EPOCH in state.owed:
+                self._after_epoch(run)
             else:
-                self._look_up(run)
-            return
-        if run.validation is None:
-            state.owed = [one for one in state.owed if one == AFTER_EPOCH]
-        elif state.owed[0] in (VALIDATE, EVALUATE):
-            self._validate(run, {})
-            state.history.rewrite()  # one row of it and of what was read before
-        if AFTER_EPOCH in state.owed:
-            self._after_epoch(run)
-        run.save()
+                run.save()
+        if (state.batch_index or state.in_epoch) and run.epoch_is_over():
+            self._end_epoch(run)
 
     def _end_fit(self, run: Run) -> None:
         """Read what is left of an epoch that a limit or a stop has ended; save."""
@@ -485,6 +504,8 @@ class Loop:
         Raises:
             CheckpointError: if it is damaged, or of another objective; nothing is changed then.
         """
+        if not isinstance(source, (str, os.PathLike, Mapping)):
+            raise ConfigurationError(f"restore({kind_of(source)}): the path of a checkpoint or of a run, or what save() gave")
         if only not in (None, "objective"):
             raise unknown("part of a state, only =", only, ("objective",))
         tree = source if isinstance(source, Mapping) else _read(Path(source))
@@ -495,8 +516,19 @@ class Loop:
         if only == "objective":
             self.state.load_weights(tree)
             return
+        self._take(tree, source)
+
+    def _take(self, tree: Mapping[str, Any], source: Any) -> None:
         self._attach_callbacks()
-        self.state.load_state_dict(tree)
+        try:
+            self.state.load_state_dict(tree)
+        except CheckpointError as error:
+            if isinstance(source, Mapping):
+                raise
+            raise CheckpointError(
+                f"{source}: {error}. To begin anew, choose another directory=; for its weights alone, "
+                f"loop.restore({str(source)!r}, only='objective') or ax.load_weights"
+            ) from error
         if self.directory is not None and not isinstance(source, Mapping):
             self._at_home |= Path(source).resolve().is_relative_to(self.directory.resolve())
 
@@ -566,23 +598,27 @@ class Loop:
         resume: bool,
     ) -> Run:
         state = self.state
-        setup = describe(state, stream, validating, self.metrics, self.device)
-        setup["callbacks"] = [f"callback/{key}" for key in self._stateful()]
+        setup = describe(state, stream, validating, every, self.metrics, self.callbacks, self.device)
         if self.directory is not None:
             runs.sweep(self.directory)
-        resumed = resume and self._goes_back(setup, plan)
-        if self.directory is not None and not resume:
+        found = self._found() if resume else ""
+        if self.directory is not None and (not resume or found == MEMORY):
             self._check_directory(self.directory)
+        resumed = self._goes_back(found, setup, plan)
         self._at_home = True
         same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
+        if resumed and not same and self._last_stream is not None:  # the same data, as far as can be seen, in another object
+            stream.load_state_dict(self._last_stream.state_dict())
+            same = True
         ended = state.batch_index >= (stream.length or math.inf)
         if resumed and same and ended and state.in_epoch and not state.owed:
             state.owed = DUE  # left or saved between an epoch's last step and its end
         if not same or (ended and state.owed != DUE):
             state.batch_index, state.in_epoch = 0, False  # other batches than those that it had begun with: it begins anew
+        pending = self._pending(found) if resumed else None
         if resumed and state.old_plan is not None:
             plan.goes_on_from(state.old_plan)
-            if plan.over(state) is None:
+            if plan.over(state) is None and not isinstance(pending, Stop):
                 state.history.take_back()
         else:
             plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
@@ -609,37 +645,64 @@ class Loop:
         hooks = Hooks(callbacks, state, resumed=resumed)
         train_step = runner(state, hooks.after_backward)
         meter = Meter(self._eval_metrics)
-        return Run(state, plan, stream, validating, meter, cadence, hooks, train_step, state.step, savers=savers)
+        run = Run(state, plan, stream, validating, meter, cadence, hooks, train_step, state.step, savers=savers)
+        run.pending, state.halt = pending, None
+        return run
 
-    def _goes_back(self, setup: Mapping[str, Any], plan: Plan) -> bool:
-        """Whether there is something to resume: what memory holds, or the newest checkpoint, which is restored.
+    def _found(self) -> str | tuple[Path, Any]:
+        """What there is to resume: the run in memory, or the newest checkpoint and its tree; "" if there is nothing."""
+        state = self.state
+        in_memory = state.step > 0 or state.old_plan is not None
+        if self.directory is not None and (state.half_done or not in_memory):
+            newest = runs.newest(self.directory)
+            if newest is not None:
+                return newest
+        return MEMORY if in_memory else ""
+
+    def _goes_back(self, found: str | tuple[Path, Any], setup: Mapping[str, Any], plan: Plan) -> bool:
+        """Whether this fit goes on inside an earlier plan; a checkpoint that was found is restored.
 
         What has changed since is told in one warning, or is an error where it would make another run of it.
         """
-        state = self.state
         limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_")}
-        in_memory, failed = state.step > 0 or state.old_plan is not None, state.status == "failed"
-        if self.directory is not None and (failed or not in_memory):
-            found = runs.newest(self.directory)
-            if found is not None:
-                check(found[1])
-                changes = compare(found[1], setup, self._seed, limits)
-                self.restore(found[1])
-                _tell(changes, found[0])
-                return True
-        if not in_memory:
-            return False
-        changes = compare(state.outline(), setup, None, limits)
-        if failed:
-            changes = f"{changes}; " if changes else ""
-            changes += "the last fit failed within a step, of which a part may have been done"
-        _tell(changes, "memory")
+        if isinstance(found, str):
+            if not found:
+                return False
+            tell(found, compare(self.state.outline(), setup, None, limits))
+            if self.state.half_done:
+                warn("the last fit failed within a step, of which a part may be done, and there is no checkpoint to go back to")
+            return True
+        path, tree = found
+        try:
+            check(tree)
+            changes = compare(tree, setup, self._seed, limits)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self._take(tree, path)
+        tell(path, changes)
         return True
+
+    def _pending(self, found: str | tuple[Path, Any]) -> Stop | StopEpoch | None:
+        """What a hook has asked for, and the run that is resumed has not done yet; or has done, and would do again.
+
+        A run that a callback has ended is over when its script is started again, if that callback is still there and made in
+        the same way (a function on a hook is not known again). In memory it was a person who said to go on.
+        """
+        halt = self.state.halt
+        if halt is None:
+            return None
+        self.state.stopper = (halt["callback"], halt["given"])
+        if halt["pending"]:
+            return StopEpoch(halt["reason"]) if halt["kind"] == StopEpoch.__name__ else Stop(halt["reason"])
+        stopper = callback.keys(self.callbacks).get(halt["callback"])
+        if found == MEMORY or stopper is None or stopper.restates or isinstance(stopper, FunctionCallback):
+            return None
+        return Stop(halt["reason"]) if stopper.given == halt["given"] else None
 
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
         state, algorithm = run.state, self._algorithm(run)
-        caller = randomness.capture()
+        caller, left = randomness.capture(), True
         try:
             for step in algorithm:
                 state.rng, state.drawing = randomness.capture(), False
@@ -652,9 +715,15 @@ class Loop:
                     caller = randomness.capture()
                     randomness.restore(state.rng)
                     state.drawing = True
+            left = False
+        except SystemExit:
+            left = False
+            raise
         finally:
             algorithm.close()  # type: ignore[attr-defined]  # it is a generator
             randomness.restore(caller)
+            if left and run.terminated:  # nobody would hear of an error in a generator that is left
+                signal.raise_signal(signal.SIGTERM)
 
     def _stream(self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None) -> Stream:
         return Stream(data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device)
@@ -684,15 +753,12 @@ class Loop:
                 f"fit(..., resume=True)"
             )
 
-    def _stateful(self) -> dict[str, Stateful]:
-        return {key: one for key, one in callback.keys(self.callbacks).items() if isinstance(one, Stateful)}
-
     def _attach_callbacks(self) -> None:
-        for key, one in self._stateful().items():
+        for key, one in callback.stateful(self.callbacks).items():
             self.state.attach(f"callback/{key}", one, replace=True)
 
 
-def _take(state: LoopState, readings: dict[str, Any]) -> None:
+def _record(state: LoopState, readings: dict[str, Any]) -> None:
     state.values.update(readings)
     if readings:
         state.history.add(state.step, state.epoch, readings)
@@ -704,11 +770,6 @@ def _read(path: Path) -> Any:
         found = runs.newest(path)
         return None if found is None else found[1]
     return checkpoint.read(path)
-
-
-def _tell(changes: str, source: str | Path) -> None:
-    if changes:
-        warnings.warn(f"resumed from {source}, and since then has changed: {changes}", AxonWarning, stacklevel=5)
 
 
 def _optimizers(optimizer: Any) -> dict[str, Optimizer]:
@@ -757,6 +818,4 @@ def _plan(epochs: Any, steps: Any, time: Any) -> Plan:
 
 
 END = object()
-# What an interruption can leave undone at the end of a step.
-VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"
-DUE = ["look up"]  # all of it
+MEMORY = "memory"

@@ -71,6 +71,10 @@ class LoopState:
         self.directory: Path | None = None
         self.old_plan: Plan | None = None  # of the last fit, or of the one that is running
         self.in_epoch = False  # whether before_epoch was called, and the epoch's end was not reached
+        self.halt: dict[str, Any] | None = None  # what a hook had asked for when the last fit ended
+        self.stopper: tuple[str, dict[str, Any]] = ("", {})  # the key of the callback that asked for it, and its arguments
+        self.half_done = False  # whether an error ended the last fit between a forward pass and its update
+        self.repeating = False  # whether a hook is called once more, after the run was resumed
         self.owed: list[str] = []  # what an interruption has left undone at the last step's end
         self.setup: dict[str, Any] = {}  # what the run was made of, to be compared when it is resumed
         self.attached: dict[str, Any] = {}
@@ -168,6 +172,7 @@ class LoopState:
             **self.history.state_dict(),
             "plan": None if self.old_plan is None else self.old_plan.state_dict(),
             "owed": self.owed,
+            "halt": self.halt,
             "in_epoch": self.in_epoch,
             "setup": self.setup,
             "rng": rng,
@@ -221,6 +226,7 @@ class LoopState:
         self.history.load_state_dict(state)
         plan = state.get("plan")
         self.old_plan = None if plan is None else Plan.of(plan)
+        self.halt, self.half_done = state.get("halt"), False
         self.owed, self.in_epoch, self.setup = state.get("owed", []), state.get("in_epoch", False), state.get("setup", {})
         self.rng = state["rng"]
         self.meter.load_state_dict(state["meter"])

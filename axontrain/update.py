@@ -176,8 +176,14 @@ class Update:
 
     def described(self) -> dict[str, Any]:
         """The options that it was made with, in plain values: to be kept with a state."""
-        of = {"clip_norm": self.spec.clip_norm, "clip_value": self.spec.clip_value, "sees progress": self.sees_progress}
+        of = {"clip_norm": self.spec.clip_norm, "clip_value": self.spec.clip_value, "schedule": self._described_schedule()}
         return self._made | of
+
+    def _described_schedule(self) -> Any:
+        """A schedule by what it gives: functions have no names that would tell them apart."""
+        if self._factor is not None:
+            return [float(self._factor(tenth / 10)) for tenth in range(11)]
+        return [type(scheduler).__name__ for scheduler in self._schedulers] or None
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raise unless ``state`` is of such an optimizer; nothing is changed.

@@ -36,6 +36,8 @@ class Monitor(Callback):
         min_delta: by how much a reading has to be better.
     """
 
+    restates = True
+
     def __init__(self, monitor: str, *, patience: int, mode: str | None = None, min_delta: float = 0.0, **cadence: Any) -> None:
         super().__init__(**cadence)
         if not min_delta >= 0:
@@ -48,6 +50,10 @@ class Monitor(Callback):
         self.best = self._worst()
         self.best_step: int | None = None
         self.waited = 0
+
+    @property
+    def label(self) -> str:
+        return f"{type(self).__name__}({self.monitor})"
 
     def before_fit(self, state: LoopState) -> Answer:
         """Complain now rather than never act: without validation no ``val/`` reading will come."""

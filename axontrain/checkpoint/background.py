@@ -10,75 +10,100 @@ import contextlib
 import gc
 import json
 import os
+import select
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from axontrain.errors import CheckpointError
 
-AVAILABLE = sys.platform == "linux"  # elsewhere a fork of a process with threads is not safe, or cannot die with its parent
-DONE = b"done"
-MOST_TOLD = 5000  # characters: what a pipe takes at once, however they are written
+# Elsewhere a fork of a process with threads is not safe, or cannot die with its parent.
+AVAILABLE = sys.platform == "linux" and hasattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig")
+MOST_TOLD = 5000  # characters of an error
+KILLED = "the process that wrote it was killed (by the system when memory runs out, or with the thread that began it)"
+ELSEWHERE = json.dumps({"errno": None, "text": "another process has begun it, and waits for it"}).encode()
 _RUNNING: list[Job] = []
+
+
+def _forget_in_child() -> None:
+    # Of whoever forks this process: what was begun here is not its child's to wait for, whose end would be disturbed by it.
+    for job in _RUNNING:
+        atexit.unregister(job._finish)
+        os.close(job._told)
+        job._text = ELSEWHERE
+    _RUNNING.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 class Job:
     """One piece of work in a process of its own, which ends with this one. Only one is waited for, by whoever made it.
 
+    The system ends it with the thread that began it, too.
+
     Args:
-        work: what is done there; what it raises is raised here, by :meth:`result`.
+        work: what is done there. What it returns, plain values, is returned here by :meth:`result`; what it raises is raised.
         place: the directory that it works in, for :func:`settle`.
     """
 
     def __init__(self, work: Callable[[], object], place: Path | None = None) -> None:
         parent = os.getpid()
-        self._told, tell = os.pipe()
-        # Ctrl-C and SIGTERM go to whole groups of processes: what becomes of them is the parent's to say.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        self.place = None if place is None else place.resolve()
+        self._text: bytes | None = None
+        self._parts: list[bytes] = []
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: there are threads, as in torch there are
-                self.pid = os.fork()
-            if self.pid == 0:
-                _do(work, tell, parent)
-        except OSError:
-            os.close(self._told)
-            raise
+            # Signals go to whole groups of processes, and what is to be done about them is the parent's. In the child they
+            # stay blocked; here they come when it is known what has been begun.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            self._told, tell = os.pipe()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: there are threads, as in torch
+                    self.pid = os.fork()
+                if self.pid == 0:
+                    _do(work, tell, parent)
+            except BaseException:
+                os.close(self._told)
+                raise
+            finally:
+                os.close(tell)
+            atexit.register(self._finish)  # the program does not end before it
+            _RUNNING.append(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(tell)
-        self._text: bytes | None = None
-        atexit.register(self._finish)  # the program does not end before it
-        self.place = None if place is None else place.resolve()
-        _RUNNING.append(self)
 
     def over(self) -> bool:
         """Whether it has ended; does not wait."""
         if self._text is None:
-            import select
-
-            if not select.select([self._told], [], [], 0)[0]:
+            look = select.poll()  # select() takes no descriptor beyond 1023
+            look.register(self._told, select.POLLIN)
+            if not look.poll(0):
                 return False
             self._finish()
         return True
 
-    def result(self) -> None:
-        """Wait for the end.
+    def result(self) -> Any:
+        """Wait for the end; what the work returned.
 
         Raises:
             OSError: as the work raised it.
             CheckpointError: if it failed otherwise.
         """
         self._finish()
-        if self._text == DONE:
-            return
-        if not self._text:
-            raise CheckpointError("the process that wrote it was killed, as the system does when memory runs out")
-        told = json.loads(self._text)
+        try:
+            told = json.loads(self._text or b"")
+        except ValueError as error:  # it ended without a word, or within one
+            raise CheckpointError(KILLED) from error
+        if "done" in told:
+            return told["done"]
         if told["errno"] is not None:
             raise OSError(told["errno"], told["text"])
         raise CheckpointError(told["text"])
@@ -86,10 +111,9 @@ class Job:
     def _finish(self) -> None:
         if self._text is not None:
             return
-        parts = []
         while part := os.read(self._told, 65536):  # to its end: the other side closes with its process
-            parts.append(part)
-        self._text = b"".join(parts)
+            self._parts.append(part)
+        self._text = b"".join(self._parts)
         os.close(self._told)
         with contextlib.suppress(ChildProcessError):  # somebody who waits for all children was quicker
             os.waitpid(self.pid, 0)
@@ -112,8 +136,7 @@ def _do(work: Callable[[], object], tell: int, parent: int) -> None:
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
         if os.getppid() != parent:  # which died before that was said
             os._exit(1)
-        work()
-        os.write(tell, DONE)
+        _tell(tell, {"done": work()})
     except BaseException as error:
         number = getattr(error, "errno", None)
         text = getattr(error, "strerror", None) if number is not None else None
@@ -121,6 +144,12 @@ def _do(work: Callable[[], object], tell: int, parent: int) -> None:
         told = f"{text or error}" + (f": {where}" if text and where else "")
         if not isinstance(error, (OSError, CheckpointError)):
             told = f"{type(error).__name__}: {told}"
-        os.write(tell, json.dumps({"errno": number, "text": told[:MOST_TOLD]}).encode())
+        _tell(tell, {"errno": number, "text": told[:MOST_TOLD]})
     finally:
         os._exit(0)
+
+
+def _tell(tell: int, what: Any) -> None:
+    left = json.dumps(what).encode()
+    while left:
+        left = left[os.write(tell, left) :]

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -108,12 +109,20 @@ def write(path: str | os.PathLike[str], tree: Any, about: Mapping[str, Any] | No
     ours = all((target / name).is_file() for name in (TENSORS, STATE)) or (target.is_dir() and not any(target.iterdir()))
     if target.exists() and not ours:
         raise CheckpointError(f"{target} is there and is no checkpoint: choose another path, nothing was written")
-    return commit(target, encoded(tree, about))
+    what = encoded(tree, about)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return commit(target, what)
 
 
 def commit(target: Path, what: Encoded) -> Path:
-    """Write what was made ready, replacing whatever is at ``target``: the part of :func:`write` that takes time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Write what was made ready, replacing whatever is at ``target``: the part of :func:`write` that takes time.
+
+    Every byte is read back before it takes its place: what the disk has not kept leaves what was there as it was.
+
+    Raises:
+        CheckpointError: if it does not read back as it was written.
+        OSError: if the disk is full, may not be written, or the directory of ``target`` is not there.
+    """
     _sweep(target, "tmp")
     if _left(target, "old") and is_whole(target):  # else one of them may be all that there is
         _sync(target.parent)
@@ -121,11 +130,16 @@ def commit(target: Path, what: Encoded) -> Path:
     new, aside = beside(target, "tmp"), beside(target, "old")
     try:
         _fill(new, what)
+        try:
+            verify(new)
+        except CheckpointError as error:
+            told = str(error).replace(new.name, target.name)
+            raise CheckpointError(f"what was written does not read back as it was: {told}") from error
         if target.exists():
             target.rename(aside)
         new.rename(target)
     except BaseException:
-        if aside.exists() and not target.exists():
+        if os.path.lexists(aside) and not os.path.lexists(target):
             aside.rename(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -285,10 +299,12 @@ def _check(source: Path, name: str, expected: Any) -> None:
 def _file(source: Path, name: str) -> Path:
     """A file of a checkpoint, which is no link, no pipe, and of a size that can be read."""
     file = source / name
-    if not file.is_file() or file.is_symlink():
+    found = None
+    with suppress(FileNotFoundError, NotADirectoryError):  # any other error is of the disk's, and says nothing of the file
+        found = file.lstat()
+    if found is None or not stat.S_ISREG(found.st_mode):
         how = "no checkpoint: it has no" if name == MANIFEST else "incomplete: it has no"
         raise CheckpointError(f"{source} is {how} {name}")
-    found = file.stat()
     if name in MOST_BYTES and found.st_size > MOST_BYTES[name]:
         raise CheckpointError(f"{source} is damaged: {name} is larger than {MOST_BYTES[name]:,} bytes")
     if found.st_size > HOLES_BEYOND and 0 < getattr(found, "st_blocks", 0) * 512 < found.st_size / HOLES:
@@ -318,10 +334,12 @@ def beside(target: Path, kind: str) -> Path:
 
 
 def _sweep(target: Path, kind: str) -> None:
-    for directory in _left(target, kind):
-        if directory.is_symlink():
-            directory.unlink()
-        shutil.rmtree(directory, ignore_errors=True)  # what stays is swept by the next save
+    for one in _left(target, kind):  # what stays is swept by the next save
+        if one.is_symlink() or not one.is_dir():  # a file was in the target's place
+            with suppress(OSError):
+                one.unlink()
+        else:
+            shutil.rmtree(one, ignore_errors=True)
 
 
 def _described(file: Path) -> dict[str, Any]:

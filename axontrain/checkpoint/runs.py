@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
+import stat
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -23,6 +25,9 @@ NAME = re.compile(r"step-(?P<step>\d{9,18})(-((?!\.(tmp|old)-)[A-Za-z0-9_.+-]){1
 LEFT = re.compile(rf"(?P<name>{NAME.pattern})\.(?P<kind>tmp|old)-\d{{6}}-[0-9a-f]{{32}}")
 
 
+MOST_NUMBER = 2**62
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A checkpoint of a run directory.
@@ -32,18 +37,20 @@ class Entry:
         step: as its name has it.
         about: what was said of it when it was written; empty where that cannot be read.
         problem: why it is no good, as far as was looked; "" if nothing is known.
+        unseen: whether the problem is that it could not be looked at, as the disk had an error: it may be good.
     """
 
     path: Path
     step: int
     about: Mapping[str, Any]
     problem: str = ""
+    unseen: bool = False
 
     @property
     def number(self) -> int:
         """Which one it is, by the order in which the run's checkpoints were written; 0 where that is not known."""
         number = self.about.get("number")
-        return number if type(number) is int and number > 0 else 0
+        return number if type(number) is int and 0 < number < MOST_NUMBER else 0
 
     @property
     def permanent(self) -> bool:
@@ -53,10 +60,7 @@ class Entry:
     def reading(self, name: str) -> float:
         """What was read at its step; NaN if nothing was."""
         readings = self.about.get("readings")
-        value = readings.get(name) if isinstance(readings, Mapping) else None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return math.nan
-        return float(value) if abs(value) < 2**1000 or isinstance(value, float) else math.nan
+        return as_number(readings.get(name)) if isinstance(readings, Mapping) else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,15 @@ class Keep:
         return value > worst if self.mode == "max" else value < worst
 
     def superfluous(self, entries: list[Entry]) -> list[Entry]:
-        """What of the entries, oldest first, is to go. The last entry, which was just written and verified, never is."""
+        """What of the entries, oldest first, is to go. The last entry, which was just written and verified, never is.
+
+        Nor is one that has a problem: it may be a permanent one or one of the best, and the problem may pass.
+        """
         if self.last is None:
             return []
         good = [entry for entry in entries if not entry.problem]
         kept = {id(entry) for entry in (*good[-self.last :], *self.ranked(good)[: self.best], *entries[-1:])}
-        return [entry for entry in entries if id(entry) not in kept and not entry.permanent]
+        return [entry for entry in good if id(entry) not in kept and not entry.permanent]
 
 
 def name_of(step: int, reading: str | None = None, value: float = math.nan) -> str:
@@ -115,10 +122,29 @@ def name_of(step: int, reading: str | None = None, value: float = math.nan) -> s
     return f"{name}-{re.sub(r'[^A-Za-z0-9]+', '_', reading).strip('_')[:80]}-{value:.6g}"
 
 
+def as_number(value: Any) -> float:
+    """A reading as it is ranked; NaN if it is no number, or larger than any that a reading has.
+
+    >>> as_number(3), as_number(True), as_number(10**400)
+    (3.0, nan, nan)
+    """
+    if isinstance(value, float):
+        return value
+    return float(value) if type(value) is int and abs(value) < 2**1000 else math.nan
+
+
+def row_at(state: LoopState) -> Mapping[str, Any]:
+    """What was read at this very step. What was read only because a fit ended here is not: it is of a part of an epoch."""
+    history = state.history
+    if not history.rows or history.rows[-1]["step"] != state.step:
+        return {}
+    row: Mapping[str, Any] | None = history.rows[-1] if history.partial is None else history.partial["row"]
+    return row or {}
+
+
 def told_of(state: LoopState) -> dict[str, Any]:
     """What a list of checkpoints shows of a state: where it stands, and what was read at this very step."""
-    rows = state.history.rows
-    row = rows[-1] if rows and rows[-1]["step"] == state.step else {}
+    row = row_at(state)
     readings = {name: value for name, value in row.items() if name not in COUNTERS and isinstance(value, (int, float))}
     return {
         "step": state.step,
@@ -137,21 +163,22 @@ def entries(directory: Path) -> list[Entry]:
         if match is None:
             continue
         about: Mapping[str, Any] = {}
-        problem = ""
-        if path.is_symlink() or not path.is_dir():
-            problem = f"{path} is no directory of its own"
-        else:
-            try:
-                about = files.about(path)
-            except (CheckpointError, OSError) as error:
-                problem = str(error)
-        found.append(Entry(path, int(match["step"]), about, problem))
+        problem, unseen = "", False
+        try:
+            if not stat.S_ISDIR(path.lstat().st_mode):
+                raise CheckpointError(f"{path} is no directory of its own")
+            about = files.about(path)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem, unseen = _not_looked_at(path, error), True
+        found.append(Entry(path, int(match["step"]), about, problem, unseen))
     # By the order in which they were written: who goes back to an early step and on from there makes newer ones of lower steps.
     found.sort(key=lambda entry: (entry.step, entry.path.name))
-    number, order = 0.0, {}
+    number, behind, order = 0, 0, {}
     for entry in found:
-        number = float(entry.number) if entry.number else number + 2.0**-20
-        order[id(entry)] = number
+        number, behind = (entry.number, 0) if entry.number else (number, behind + 1)
+        order[id(entry)] = number, behind
     return sorted(found, key=lambda entry: order[id(entry)])
 
 
@@ -169,8 +196,11 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
             if entry.problem:
                 raise CheckpointError(entry.problem)
             tree = files.read(entry.path)
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             bad.append(str(error))
+            continue
+        except OSError as error:
+            bad.append(_not_looked_at(entry.path, error))
             continue
         if bad:
             warnings.warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}", AxonWarning, stacklevel=2)
@@ -182,40 +212,53 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
     return None
 
 
-def commit(directory: Path, name: str, what: files.Encoded, keep: Keep, verified: Collection[int] = ()) -> None:
-    """Write a checkpoint, verify it, and only then prune what is superfluous.
+def commit(directory: Path, name: str, what: files.Encoded, keep: Keep, verified: Collection[str] = ()) -> list[str]:
+    """Write a checkpoint, verified, and only then prune what is superfluous.
 
     Args:
-        directory: of the run.
+        directory: of the run; it has to be there.
         name: as :func:`name_of` makes it.
         what: the state, made ready.
         keep: what is not superfluous.
-        verified: the numbers of checkpoints that this run has written and seen to be good; others are read before they
-            count among the last, lest a damaged one push out a good one.
+        verified: the names of checkpoints that this run has seen to be good; others are read before they count among the
+            last, lest a damaged one push out a good one.
+
+    Returns:
+        The names of those that were seen to be good: the new one, and what else was read.
     """
     path = files.commit(directory / name, what)
-    files.verify(path)
     there = [entry for entry in entries(directory) if entry.path != path]
     written = Entry(path, int(NAME.fullmatch(name)["step"]), files.about(path))  # type: ignore[index]  # it is such a name
     # Another checkpoint of the same step is from before a fault that this run has gone back behind.
     again = [entry for entry in there if entry.step == written.step]
     rest = [*(entry for entry in there if entry.step != written.step), written]
-    for entry in (*again, *keep.superfluous(_looked_at(rest, keep, verified))):
+    looked_at, good = _looked_at(rest, keep, verified)
+    for entry in (*again, *keep.superfluous(looked_at)):
         _remove(entry.path)
+    return [name, *good]
 
 
-def _looked_at(there: list[Entry], keep: Keep, verified: Collection[int]) -> list[Entry]:
-    """The entries, and of those that would count among the last, whether every byte of them is good."""
-    looked_at, wanted = [], 0 if keep.last is None else keep.last - 1  # the newest has just been verified
+def _looked_at(there: list[Entry], keep: Keep, verified: Collection[str]) -> tuple[list[Entry], list[str]]:
+    """The entries, where those that would count among the last were read whole; and the names of what was seen to be good."""
+    looked_at, good = [], []
+    wanted = 0 if keep.last is None else keep.last - 1  # the newest has just been verified
     for entry in reversed(there[:-1]):
         seen = entry
-        if wanted > 0 and not entry.problem:
-            if entry.number not in verified and not files.is_whole(entry.path):
-                seen = replace(entry, problem=f"{entry.path} is damaged")
-            else:
-                wanted -= 1
+        if wanted > 0 and not entry.problem and entry.path.name not in verified:
+            try:
+                files.verify(entry.path)
+                good.append(entry.path.name)
+            except CheckpointError as error:
+                seen = replace(entry, problem=str(error))
+            except OSError as error:
+                seen = replace(entry, problem=_not_looked_at(entry.path, error), unseen=True)
+        wanted -= not seen.problem
         looked_at.append(seen)
-    return [*reversed(looked_at), there[-1]]
+    return [*reversed(looked_at), there[-1]], good
+
+
+def _not_looked_at(path: Path, error: OSError) -> str:
+    return f"{path} could not be looked at, which says nothing of it: {error}"
 
 
 def sweep(directory: Path, name: str | None = None) -> list[str]:
@@ -232,14 +275,26 @@ def sweep(directory: Path, name: str | None = None) -> list[str]:
             continue
         target = directory / match["name"]
         aside = match["kind"] == "old" and not path.is_symlink()
-        if aside and not files.is_whole(target) and files.is_whole(path):
-            if target.exists():
+        try:
+            back = aside and not _verifies(target) and _verifies(path)
+        except OSError:  # it may be all that there is: the next sweep may see
+            continue
+        if back:
+            if os.path.lexists(target):
                 _remove(target)
             path.rename(target)
         else:
             _remove(path)
         swept.append(path.name)
     return swept
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        files.verify(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

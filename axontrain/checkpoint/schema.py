@@ -18,7 +18,7 @@ from torch import Tensor
 from axontrain.errors import CheckpointError, kind_of
 
 REQUIRED = ("objective", "optimizers", "counters", "values", "history", "rng", "meter", "attached")
-OPTIONAL = ("early", "setup", "plan", "owed", "partial", "in_epoch")
+OPTIONAL = ("early", "setup", "plan", "owed", "partial", "in_epoch", "halt")
 COUNTED = ("epoch", "step", "samples", "batch_index")
 MOST = 2**63  # of a counter
 # torch.optim's own that look at each parameter's steps while they are loaded, and those that have a fused kernel.
@@ -74,6 +74,13 @@ def check(tree: Any) -> None:
         if not state["history"]:
             raise _wrong(state["partial"], "partial", "None, where the history is empty")
     _listed(state.get("owed", []), "owed")
+    if state.get("halt") is not None:
+        halt = _only(state["halt"], "halt", "kind", "reason", "callback", "given", "pending")
+        _texts(_of(halt, "given", "halt"), "halt/given")
+        for key in ("kind", "reason", "callback"):
+            _text(_of(halt, key, "halt"), f"halt/{key}")
+        if not isinstance(_of(halt, "pending", "halt"), bool):
+            raise _wrong(halt["pending"], "halt/pending", "true or false")
     if not isinstance(state.get("in_epoch", False), bool):
         raise _wrong(state["in_epoch"], "in_epoch", "true or false")
 
@@ -147,7 +154,11 @@ def _setup(value: Any, place: str) -> None:
         _texts(setup["validation"], f"{place}/validation")
     _text(_of(setup, "device", place), f"{place}/device")
     for key in ("metrics", "callbacks"):
-        _listed(setup.get(key, []) if key == "callbacks" else _of(setup, key, place), f"{place}/{key}")
+        _texts(_of(setup, key, place), f"{place}/{key}")
+    for name, given in setup["callbacks"].items():
+        _texts(given, f"{place}/callbacks/{name}")
+    for key in ("parts", "frozen", "dtypes"):
+        _listed(_of(setup, key, place), f"{place}/{key}")
     _without_tensors(setup, place)
 
 

@@ -6,6 +6,7 @@ What wraps the data does it here, once, before the loop starts: the check of sha
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -160,14 +161,17 @@ class Stream:
         data = self.data if loader is None else loader.dataset
         of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit}
         if loader is None:
-            return of
+            try:
+                return of | {"length": len(data)}
+            except TypeError:
+                return of
         return of | {
             "samples": None if loader.iterable else len(loader.dataset),
             "batch_size": loader.batch_size,
             "shuffle": loader.shuffle,
             "drop_last": loader.drop_last,
-            "sampler": None if loader.sampler is None else type(loader.sampler).__name__,
-            "batch_sampler": None if loader.batch_sampler is None else type(loader.batch_sampler).__name__,
+            "sampler": _fingerprint(loader.sampler),
+            "batch_sampler": _fingerprint(loader.batch_sampler),
             "seed": loader.seed,
         }
 
@@ -208,6 +212,21 @@ class Stream:
                     f"Pad or collate it to one shape, or pass strict=False to the Loop if this is meant."
                 )
             yield batch
+
+
+def _fingerprint(sampler: Any) -> str | None:
+    """A sampler's kind, and of ours a digest of what it goes by, as the weights."""
+    if sampler is None:
+        return None
+    kind = type(sampler)
+    if not kind.__module__.startswith("axontrain."):
+        return kind.__name__
+    digest = hashlib.sha256()
+    for name, value in sorted(vars(sampler).items()):
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            held = part.numpy(force=True).tobytes() if isinstance(part, torch.Tensor) else repr(part).encode()
+            digest.update(name.encode() + held)
+    return f"{kind.__name__} {digest.hexdigest()[:12]}"
 
 
 def _written(parts: list[str]) -> str:

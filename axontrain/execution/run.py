@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,11 +26,10 @@ from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
 READ_EVERY_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Interrupt(Stop):
-    """Ctrl-C or SIGTERM, as a request like a hook's."""
+# What an interruption can leave undone at the end of a step: all of validating, all but the draws before it, after_epoch; or
+# all that is due.
+VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"
+DUE = ["look up"]
 
 
 @dataclass(slots=True)
@@ -53,16 +53,21 @@ class Run:
     batch: Any = None
     validated: bool = False
     exhausted: bool = False
+    pending: Stop | StopEpoch | None = None  # what a hook had asked for when the run that is resumed was interrupted
+    interrupt: str = ""  # Ctrl-C or SIGTERM, once it was seen
     terminated: bool = False
     savers: tuple[Saver, ...] = ()
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
     def goes_on(self) -> bool:
         """Whether there is more to train: no limit reached, no stop asked for."""
-        request = self.state.request
-        if request is not None:
-            self.status = "interrupted" if isinstance(request, Interrupt) else "stopped"
-            self.reason = request.reason
+        state, request = self.state, self.state.request
+        if request is not None:  # kept with the state: a run that is resumed has to know
+            by = {"callback": state.stopper[0], "given": state.stopper[1]}
+            state.halt = {"kind": type(request).__name__, "reason": request.reason, **by, "pending": bool(self.interrupt)}
+        if self.interrupt or request is not None:
+            self.status = "interrupted" if self.interrupt else "stopped"
+            self.reason = self.interrupt or request.reason  # type: ignore[union-attr]  # one of the two is there
             return False
         reached = self.plan.over(self.state)
         if reached is not None:
@@ -73,24 +78,22 @@ class Run:
         """``before_epoch``; where a run is resumed within an epoch, that has had its draws already."""
         state, hook = self.state, self.hooks.before_epoch
         if hook is not None:
-            with randomness.kept() if state.resumed and state.in_epoch else contextlib.nullcontext():
+            with again(state) if state.resumed and state.in_epoch else contextlib.nullcontext():
                 hook(state)
         state.in_epoch = True
 
     def batches(self) -> Iterator[Any]:
         """The batches of the present epoch that have not been trained on; none once a stop was asked for."""
         state, self.exhausted = self.state, False
-        if state.request is not None:
+        if state.request is not None or self.interrupt:
             return
         try:
             for batch in self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index):
-                if isinstance(state.request, Interrupt):  # it came while the batch was made: no step is in hand
-                    return
                 self.batch = batch
                 yield batch
                 self.batch = None
         except WorkerError:
-            if isinstance(state.request, Interrupt):  # SIGTERM for all of a group of processes: the workers are gone too
+            if self.interrupt:  # SIGTERM for all of a group of processes: the workers are gone too
                 return
             raise
         if state.batch_index == 0:
@@ -111,16 +114,14 @@ class Run:
     def epoch_is_over(self) -> bool:
         """Whether the present epoch counts as completed: its batches are through, or a hook ended it."""
         state = self.state
+        if state.owed:  # what is due within the epoch comes first, when the run is resumed
+            return False
         through = state.batch_index == state.epoch_length  # not beyond it: data of no known length may give more than before
         return self.exhausted or through or isinstance(state.request, StopEpoch)
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C or SIGTERM was seen."""
-        return isinstance(self.state.request, Interrupt)
-
-    def leaves_out(self) -> bool:
-        """Whether a hook has said, before a batch, that it is not to be trained on; Ctrl-C ends the step in hand."""
-        return self.state.request is not None and not self.interrupted()
+        return bool(self.interrupt)
 
     def save(self) -> None:
         """Let those act who save, if all of this step is done."""
@@ -131,6 +132,9 @@ class Run:
     def exit_if_terminated(self) -> None:
         """After SIGTERM, when all is saved: end the program, as it was asked to."""
         if self.terminated:
+            where = self.state.directory
+            saved = "nothing was saved, for the Loop has no directory" if where is None else f"the state was saved in {where}"
+            print(f"axontrain: SIGTERM at step {self.state.step}: {saved}; fit(..., resume=True) goes on", file=sys.stderr)
             raise SystemExit(TERMINATED)
 
     def look_ahead(self) -> None:
@@ -145,6 +149,8 @@ class Run:
         if plan.seconds is not None:
             left = plan.start_elapsed + plan.seconds - state.elapsed
             self.next_time = min(self.next_time, now + max(0.0, left))
+        if self.interrupt:
+            self.next_step = -1
 
     def result(self) -> Result:
         """How it ended."""
@@ -161,8 +167,8 @@ def session(run: Run) -> Iterator[None]:
     ``after_fit`` is called in any case, and an error carries a note of where it happened and on what batch.
     """
     state, hooks = run.state, run.hooks
-    state.status, state.plan, state.request, state.error = "running", run.plan, None, None
-    state.old_plan = run.plan
+    state.status, state.plan, state.request, state.error = "running", run.plan, run.pending, None
+    state.old_plan, state.half_done = run.plan, False
     clear_gradients(state.objective)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.lock)
@@ -180,9 +186,13 @@ def session(run: Run) -> Iterator[None]:
             state.status = run.status
         except GeneratorExit:  # the caller of steps() has left its loop
             state.status, run.status, run.reason = "stopped", "stopped", "the caller left the loop"
+            for saver in run.savers:
+                saver.at_fit_end(state)
             raise
         except BaseException as error:
             state.status, state.error = "failed", error
+            within = run.batch is not None and state.last is None  # from the forward pass to the update
+            state.half_done = within or (not isinstance(error, Exception) and EVALUATE not in state.owed)
             note(error, where(run), run.batch, state.objective)
             if hooks.on_error is not None:
                 with randomness.kept():
@@ -190,7 +200,6 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
-            run.terminated = isinstance(state.request, Interrupt) and state.request.reason == SIGTERM
             run.batch = None
             for stream in (run.train, run.validation):
                 if stream is not None:
@@ -207,8 +216,21 @@ def session(run: Run) -> Iterator[None]:
 
 def ask(run: Run, reason: str) -> None:
     """Take an interrupt: the loop sees it after the step in hand, or the batch of validation."""
-    if not (run.interrupted() and reason != SIGTERM):  # SIGTERM outranks Ctrl-C
-        run.state.request = Interrupt(reason)
+    run.terminated = run.terminated or reason == SIGTERM
+    if run.interrupt != SIGTERM:
+        run.interrupt = reason
+    run.next_step = -1  # to look up after this step
+
+
+@contextlib.contextmanager
+def again(state: LoopState) -> Iterator[None]:
+    """A hook is called once more, as the run was resumed after its first call: it has had its draws, and its cadences."""
+    state.repeating = True
+    try:
+        with randomness.kept():
+            yield
+    finally:
+        state.repeating = False
 
 
 @contextlib.contextmanager

@@ -3,46 +3,65 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from axontrain.callback import Callback, stateful
+from axontrain.clock import Every
 from axontrain.data.stream import Stream
-from axontrain.errors import CheckpointError
+from axontrain.errors import AxonWarning, CheckpointError
+from axontrain.naming import clean_names
 from axontrain.state import LoopState
 from axontrain.version import VERSION
 
 # Where these differ, batch k of an epoch is another batch: to go on within the epoch would be wrong.
-DECIDES_BATCHES = ("samples", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed")
-BATCHES = {"batch_size": "samples in a batch", "samples": "samples", "batches": "batches in an epoch"}
+DECIDES_BATCHES = ("samples", "length", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed")
+WORDS = {"batch_size": "samples in a batch", "length": "number of batches"}
 
 
 def describe(
-    state: LoopState, train: Stream, validation: Stream | None, metrics: Mapping[str, Any], device: torch.device
+    state: LoopState,
+    train: Stream,
+    validation: Stream | None,
+    validate: Every,
+    metrics: Mapping[str, Any],
+    callbacks: Iterable[Callback],
+    device: torch.device,
 ) -> dict[str, Any]:
     """What a run is made of, in plain values."""
+    parameters = dict(state.objective.named_parameters())
+    names = clean_names(state.objective)
+    own = ("cadence/", "callback/", "data")
     return {
         "versions": {"axontrain": VERSION, "torch": str(torch.__version__)},
         "device": device.type,
         "data": train.described(),
         "validation": None if validation is None else validation.described(),
+        "validate": str(validate),
         "optimizers": {name: update.described() for name, update in state.optimizers.items()},
-        "metrics": sorted(metrics),
+        "metrics": {name: _named(metric) for name, metric in metrics.items()},
+        "callbacks": {f"callback/{key}": dict(one.given) for key, one in stateful(callbacks).items()},
+        "parts": sorted(name for name in state.attached if not name.startswith(own)),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()}),
+        "frozen": [names.get(name, name) for name, p in parameters.items() if not p.requires_grad],
     }
 
 
 def same_batches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two runs cut their data into the same batches, as far as their setups tell."""
-    return not _batches_changed(saved, now)
+    return not saved or not _batches_changed(saved, now)
 
 
 def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | None, limits: Mapping[str, Any]) -> str:
     """What has changed since a state was saved, in words; "" if nothing has.
 
     Args:
-        saved_state: what was saved, or at least its "setup", "counters", "plan" and "attached".
-        now: what :func:`describe` says of this run, and in "callbacks" the names of those that have a state.
+        saved_state: what was saved, or at least its "setup", "counters" and "plan".
+        now: what :func:`describe` says of this run.
         seed: what this Loop was given, if anything.
         limits: of this fit.
 
@@ -52,67 +71,127 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
     saved, counters = saved_state.get("setup", {}), saved_state["counters"]
     if not saved:  # nothing was trained with fit
         return ""
+    within = bool(counters["batch_index"])
     batches = _batches_changed(saved, now)
-    if batches and counters["batch_index"]:
+    if batches and within:
         raise CheckpointError(
             f"this run cannot be resumed at batch {counters['batch_index']} of epoch {counters['epoch']}, whose batches are "
             f"others now: {'; '.join(batches)}. Give fit the data that the run had, or begin the epoch anew with these: "
             f"loop.restore(...), and fit(...) without resume"
         )
     changes = list(batches)
-    kind, limit = (_changed(saved["data"], now["data"], key) for key in ("kind", "limit"))
-    changes += [f"the training data's {key}: {change}" for key, change in (("kind", kind), ("limit", limit)) if change]
-    validation = (saved["validation"], now["validation"])
-    if validation[0] != validation[1]:
-        changes.append(f"the validation data: it was {_told(validation[0])}, and is {_told(validation[1])}")
+    changes += _differences("the training data's ", saved["data"], now["data"], ("kind", "limit"))
+    changes += _validation(saved["validation"], now["validation"])
+    changes += _differences("", saved, now, ("validate",))
     kept = counters["seed"]
     if seed not in (None, kept):
         changes.append(f"seed: it was {kept}, and this Loop has {seed}; the run keeps {kept}")
     for name, options in now["optimizers"].items():
-        before = saved["optimizers"].get(name, {})
-        different = {key: change for key in sorted({*before, *options}) if (change := _changed(before, options, key))}
-        for key, change in different.items():
-            kept = "; the clipping is that of this Loop" if key.startswith("clip") else "; the run keeps what it had"
-            changes.append(f"{key} of the optimizer {name!r}: {change}{kept}")
-    known, present = set(saved["callbacks"]), set(now["callbacks"])
-    changes += [f"{name.partition('/')[2]} is new: it begins with nothing" for name in sorted(present - known)]
-    changes += [f"{name.partition('/')[2]} is no longer there: its state waits for it" for name in sorted(known - present)]
-    if counters["batch_index"] and saved["metrics"] != now["metrics"]:
-        new = sorted(set(now["metrics"]) - set(saved["metrics"]))
-        gone = sorted(set(saved["metrics"]) - set(now["metrics"]))
-        if new:
-            changes.append(f"the metrics {', '.join(new)} are new: of the present epoch they see the rest")
-        if gone:
-            changes.append(f"the metrics {', '.join(gone)} are no longer there")
+        changes += _of_optimizer(name, saved["optimizers"].get(name, {}), options)
+    changes += _of_callbacks(saved["callbacks"], now["callbacks"])
+    lost = sorted(set(saved.get("parts", [])) - set(now["parts"]))
+    changes += [f"{name} is not attached any more (state.attach): its state waits for it" for name in lost]
+    changes += _of_metrics(saved["metrics"], now["metrics"], within=within)
+    changes += _differences("the parameters' ", saved, now, ("dtypes",))
+    for word, names in (
+        ("frozen", sorted(set(now["frozen"]) - set(saved.get("frozen", [])))),
+        ("no longer frozen", sorted(set(saved.get("frozen", [])) - set(now["frozen"]))),
+    ):
+        if names:
+            changes.append(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {word}")
     old = saved_state.get("plan")
-    if old is not None and any(options["sees progress"] for options in now["optimizers"].values()):
-        changed = {key: change for key in limits if (change := _changed(old, limits, key))}
-        for key, change in changed.items():
-            changes.append(f"{key}: {change}, so that the schedule sees another progress")
-    for key, what in (("versions", "axontrain"), ("versions", "torch")):
-        if change := _changed(saved[key], now[key], what):
-            changes.append(f"the version of {what}: {change}; numbers may differ in their last bits")
-    if change := _changed(saved, now, "device"):
-        changes.append(f"the device: {change}; numbers differ in their last bits, and what is random differs")
+    if old is not None and any(_sees_progress(options["schedule"]) for options in now["optimizers"].values()):
+        changes += [f"{change}, so that the schedule sees another progress" for change in _differences("", old, limits, limits)]
+    for change in _differences("the version of ", saved["versions"], now["versions"], ("axontrain", "torch")):
+        changes.append(f"{change}; numbers may differ in their last bits")
+    for change in _differences("the ", saved, now, ("device",)):
+        changes.append(f"{change}; numbers differ in their last bits, and what is random differs")
     return "; ".join(changes)
 
 
+def tell(source: object, changes: str) -> None:
+    """Warn of what has changed since a run was saved."""
+    if changes:
+        warn(f"resumed from {source}. Since then has changed: {changes}")
+
+
+def warn(message: str) -> None:
+    """Warn at the line of whoever called axontrain."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "axontrain":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AxonWarning, stacklevel=level)
+
+
 def _batches_changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    before, after = saved.get("data", {}), now["data"]
-    changed = {key: change for key in DECIDES_BATCHES if (change := _changed(before, after, key))}
-    return [f"the training data's {BATCHES.get(key, key)}: {change}" for key, change in changed.items()]
+    return _differences("the training data's ", saved.get("data", {}), now["data"], DECIDES_BATCHES)
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
-    old, new = before.get(key), after.get(key)
-    return "" if _plain(old) == _plain(new) else f"it was {old!r}, and is {new!r}"
+def _differences(what: str, before: Mapping[str, Any], after: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    changed = {key: change for key in keys if (change := _changed(before.get(key), after.get(key), key))}
+    return [f"{what}{WORDS.get(key, key)}: {change}" for key, change in changed.items()]
+
+
+def _changed(old: Any, new: Any, key: str = "") -> str:
+    if _plain(old) == _plain(new):
+        return ""
+    told = ["not known" if value is None and key in ("samples", "length") else repr(value) for value in (old, new)]
+    return f"it was {told[0]}, and is {told[1]}"
+
+
+def _validation(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
+    if before is None or after is None:
+        told = "there is none any more" if after is None else "there was none before"
+        return [f"the validation data: {told}"] if before is not after else []
+    return _differences("the validation data's ", before, after, sorted({*before, *after} - {"batches"}))
+
+
+def _of_optimizer(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    changes = []
+    for key in sorted({*before, *after} - {"schedule"}):
+        if change := _changed(before.get(key), after.get(key)):
+            how = "the clipping is that of this Loop" if key.startswith("clip") else "the run keeps what it had"
+            changes.append(f"{key} of the optimizer {name!r}: {change}; {how}")
+    if _plain(before.get("schedule")) != _plain(after.get("schedule")):
+        how = "this Loop's is used" if after.get("schedule") is not None else "there is none, and the rate stays where it was"
+        changes.append(f"the schedule of the optimizer {name!r}: {how}")
+    return changes
+
+
+def _sees_progress(schedule: Any) -> bool:
+    return bool(schedule) and isinstance(schedule[0], float)
+
+
+def _of_callbacks(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    changes = [f"{_short(name)} is new: it begins with nothing" for name in after if name not in before]
+    changes += [f"{_short(name)} is no longer there: its state waits for it" for name in before if name not in after]
+    for name, given in after.items():
+        if name in before:
+            keys = sorted({*given, *before[name]})
+            named = {key: f"argument {key}" if key.isdigit() else key for key in keys}
+            found = _differences("", before[name], given, keys)
+            changes += [f"{_short(name)}, {named[one.partition(':')[0]]}{one[one.index(':') :]}" for one in found]
+    return changes
+
+
+def _of_metrics(before: Mapping[str, Any], after: Mapping[str, Any], *, within: bool) -> list[str]:
+    changes = [f"the metric {_line}" for _line in _differences("", before, after, [name for name in after if name in before])]
+    if within:
+        changes += [f"the metric {name} is new: of the present epoch it sees the rest" for name in after if name not in before]
+        changes += [f"the metric {name} is no longer there" for name in before if name not in after]
+    return changes
+
+
+def _named(metric: Any) -> str:
+    """What a metric is, as far as it has a name of its own."""
+    of = getattr(metric, "factory", metric)
+    name = getattr(of, "__qualname__", type(of).__name__)
+    return f"{name} ({metric.name})" if isinstance(getattr(metric, "name", None), str) else name
+
+
+def _short(name: str) -> str:
+    return name.partition("/")[2]
 
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))  # a tuple comes back from a checkpoint as a list
-
-
-def _told(described: Mapping[str, Any] | None) -> str:
-    if described is None:
-        return "not there"
-    return ", ".join(f"{key}={value!r}" for key, value in described.items() if value is not None)

@@ -102,7 +102,7 @@ def test_the_runs_compared_are_what_they_are_meant_to_be(plain):
         assert {"loss", "lr", "tenth"} <= {*names, "lr"}
         assert any(name.startswith("/rng/numpy") for name in reference)
         assert any(name.startswith("/rng/python") for name in reference)
-        assert reference["/attached/callback/ReduceLROnPlateau/best"] < 10
+        assert reference["/attached/callback/ReduceLROnPlateau(val/loss)/best"] < 10
         assert reference["/attached/callback/Tally/count"] == reference["at"][1]
         assert reference["/attached/callback/Tally#2/count"] == reference["at"][1] // 2
     assert any(name.startswith("/meter/losses") for name in references[0])  # it ends within an epoch
