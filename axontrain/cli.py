@@ -124,6 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     imports.add_argument("out", type=Path, metavar="OUT", nargs="?", help="the same name with .safetensors unless given")
     imports.add_argument("--key", help="where in FILE the tensors are, as in ema.model; well-known keys are found without it")
     given = parser.parse_args(arguments)
+    try:
+        return _run(parser, given)
+    except KeyboardInterrupt:  # before or after a fit, which ends at a Ctrl-C by itself
+        print("axontrain: interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     if given.command == "import-weights":
         return import_file(given.file, given.out, given.key)
     if given.command == "checkpoints":

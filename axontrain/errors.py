@@ -33,7 +33,16 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+from axontrain.shown import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEPTH = 4  # of what kind_of looks into
 
 
 class AxonError(Exception):
@@ -45,7 +54,7 @@ class ConfigurationError(AxonError, ValueError):
 
 
 class UnknownNameError(ConfigurationError):
-    """A name that does not exist: of a metric, a hook, an optimizer, an option or a unit."""
+    """A name that does not exist: of a metric, a reading, a hook, an optimizer, an option, a style or a unit."""
 
 
 class UnknownOptionError(UnknownNameError, TypeError):
@@ -172,20 +181,37 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
+def loses(there: Tensor, here: Tensor) -> bool:
+    """Whether a tensor loses more than digits where it is converted to another's dtype: a fraction, or an imaginary part.
+
+    >>> import torch
+    >>> loses(torch.tensor(0.5), torch.tensor(1)), loses(torch.tensor(1), torch.tensor(0.5))
+    (True, False)
+    """
+    of_there, of_here = (2 if one.is_complex() else 1 if one.is_floating_point() else 0 for one in (there, here))
+    return of_there > of_here
+
+
 def kind_of(value: object) -> str:
     """Name a value's type the way an error message should: short, and with shape and dtype for a tensor.
 
     >>> kind_of([1, "a"])
     'list of 2: (int, str)'
     """
+    return _kind_of(value, DEPTH)
+
+
+def _kind_of(value: object, depth: int) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is not None and dtype is not None:
         return f"{type(value).__name__}{tuple(shape)} {str(dtype).removeprefix('torch.')}"
+    if not depth:  # what holds itself has no end, and what is of a file may be as deep as it likes
+        return type(value).__name__
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}: ({', '.join(kind_of(v) for v in list(value)[:4])})"
+        return f"{type(value).__name__} of {len(value)}: ({', '.join(_kind_of(v, depth - 1) for v in value[:4])})"
     if isinstance(value, dict):
-        return "dict of {" + ", ".join(f"{k!r}: {kind_of(v)}" for k, v in list(value.items())[:6]) + "}"
+        return "dict of {" + ", ".join(f"{quoted(k)}: {_kind_of(v, depth - 1)}" for k, v in islice(value.items(), 6)) + "}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{field.name}: {kind_of(getattr(value, field.name))}" for field in dataclasses.fields(value)[:6]]
+        parts = [f"{field.name}: {_kind_of(getattr(value, field.name), depth - 1)}" for field in dataclasses.fields(value)[:6]]
         return f"{type(value).__name__}({', '.join(parts)})"
     return type(value).__name__

@@ -31,6 +31,7 @@ WRAPPERS = (
 # Without the objects there is only the text. These are torch's own, and stand for a wrapper wherever they are; ``module`` may
 # be an attribute that a person named.
 PRIVATE = frozenset(attribute for _, _, attribute in WRAPPERS if attribute.startswith("_"))
+DEPTH = 4  # of ``module`` in ``module``: each is a way of its own to read all names
 
 
 def clean_names(module: nn.Module) -> dict[str, str]:
@@ -85,7 +86,8 @@ def cleaned(names: Iterable[str]) -> dict[str, str]:
 def cleanings(names: Iterable[str]) -> Iterator[dict[str, str]]:
     """Give the ways to clean the names of a file, each going further than the one before; the first changes nothing.
 
-    Text alone cannot tell the ``module`` of a wrapper from a person's own; what the names have to fit can.
+    Text alone cannot tell the ``module`` of a wrapper from a person's own; what the names have to fit can. More than DEPTH
+    of them one in another are not looked at: a name of a forged file may begin with thousands.
 
     >>> list(cleanings(["module.module.w"]))
     [{'module.module.w': 'module.module.w'}, {'module.module.w': 'module.w'}, {'module.module.w': 'w'}]
@@ -95,7 +97,9 @@ def cleanings(names: Iterable[str]) -> Iterator[dict[str, str]]:
     without = {name: ".".join(segment for segment in name.split(".") if segment not in PRIVATE) for name in found}
     if without != found and all(without.values()) and len(set(without.values())) == len(without):
         yield (found := without)
-    while found and all(name.startswith("module.") and name != "module." for name in found.values()):
+    for _ in range(DEPTH):
+        if not found or not all(name.startswith("module.") and name != "module." for name in found.values()):
+            break
         yield (found := {name: clean.removeprefix("module.") for name, clean in found.items()})
 
 

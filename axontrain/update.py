@@ -5,6 +5,7 @@ What skips an update that is not finite is :mod:`axontrain.guard`; when that was
 
 from __future__ import annotations
 
+import builtins
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from axontrain.errors import (
     LossError,
     NonFiniteError,
     NonFiniteWarning,
+    unknown,
 )
 from axontrain.guard import Guard, on_one_device
 from axontrain.optimizer import Optimizer, build, parts
@@ -61,6 +63,7 @@ class Update:
         for group in self._groups():
             group.setdefault("initial_lr", group["lr"])
         self._made = _options(self._groups())
+        self._set: builtins.set[str] = set()  # the names of options that were changed since
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
 
@@ -160,6 +163,34 @@ class Update:
         for group in self._groups():
             _set_rate(group, float(group["lr"]) * factor)
 
+    def set(self, **options: Any) -> None:
+        """Change options of the parameter groups from now on, as of a run that was restored and is to go on with others.
+
+        Args:
+            lr: of the first group; the others keep their proportion to it, and a schedule its shape.
+            options: of the algorithm, as ``weight_decay``, for every group.
+
+        Raises:
+            UnknownNameError: for an option that the algorithm has not.
+        """
+        groups = self._groups()
+        for name in options:
+            known = builtins.set.intersection(*({*group} for group in groups)) - {"params", "initial_lr"}
+            if name not in known:
+                raise unknown(f"option of the optimizer {self.name!r}:", name, known)
+        if "lr" in options:
+            factor = float(options.pop("lr")) / float(groups[0]["initial_lr"])
+            for group in groups:
+                group["initial_lr"] = float(group["initial_lr"]) * factor
+                _set_rate(group, float(group["lr"]) * factor)
+            self._unscaled = [rate * factor for rate in self._unscaled]
+            for scheduler in self._schedulers:
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+            self._set.add("lr")
+        for group in groups:
+            group.update(options)
+        self._set |= {*options}
+
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
         skipped, in_a_row, _ = self._counted(self._flags())
@@ -177,6 +208,7 @@ class Update:
     def described(self) -> dict[str, Any]:
         """The options that it was made with, in plain values: to be kept with a state."""
         of = {"clip_norm": self.spec.clip_norm, "clip_value": self.spec.clip_value, "schedule": self._described_schedule()}
+        of["set"] = sorted(self._set)
         return self._made | of
 
     def _described_schedule(self) -> Any:

@@ -194,3 +194,15 @@ def test_a_finished_run_started_again_says_the_same(run, capsys):
     assert cli.main(["fit", "digits", "--epochs", "2", "--seed", "3", "--directory", str(directory), "--resume"]) == 0
     assert capsys.readouterr().out.splitlines() == done.stdout.splitlines()
     assert (directory / "history.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "import-weights", "fit"])
+def test_ctrl_c_outside_of_a_fit_ends_quietly(capsys, tmp_path, monkeypatch, what):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("listed", "import_weights", "fit_digits"):
+        monkeypatch.setattr(cli, name, interrupted)
+    arguments = {"fit": ["fit", "digits", "--directory", str(tmp_path / "run")]}.get(what, [what, str(tmp_path)])
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr() == ("", "axontrain: interrupted\n")

@@ -2,10 +2,12 @@ import inspect
 import re
 
 import pytest
+import torch
 
 import axontrain as ax
 from axontrain import errors
-from axontrain.errors import kind_of, reject, require, unknown
+from axontrain.errors import kind_of, loses, reject, require, unknown
+from axontrain.shown import plain, quoted
 
 LINE = re.compile(r"^    (?P<indent>(?:│   |    )*)(?:├── |└── )?(?P<name>[A-Z]\w+)(?: \((?P<builtin>\w+)\))?(?:  |$)")
 
@@ -111,3 +113,46 @@ def test_a_module_that_is_there_is_given():
 )
 def test_kinds_are_told_shortly(value, told):
     assert kind_of(value) == told
+
+
+def test_what_goes_on_without_end_is_told_shortly():
+    """A file may hold lists in lists, a pickle one list many times."""
+    value, deep = [], {}
+    for _ in range(100):
+        value, deep = [value] * 4, {"x" * 10_000: deep}
+    assert kind_of(value).startswith("list of 4: (list of 4: (")
+    assert len(kind_of(value)) < 10_000
+    assert len(kind_of(deep)) < 1000
+    value.append(value)
+    assert kind_of(value)
+
+
+def test_a_key_is_told_so_that_a_terminal_does_not_obey():
+    assert kind_of({"\x1b[2J" * 100: 1}).isprintable()
+    assert len(kind_of({"\x1b[2J" * 100: 1})) < 600
+
+
+def test_what_a_tensor_loses_by_conversion():
+    order = [torch.int64, torch.float16, torch.complex64]
+    for a, one in enumerate(order):
+        for b, other in enumerate(order):
+            assert loses(torch.ones(1, dtype=one), torch.ones(1, dtype=other)) == (a > b)
+    assert not loses(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float16))
+    assert not loses(torch.ones(1, dtype=torch.bool), torch.ones(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("value", ["\x1b[31m", "a\r\nb", "\u202etxt", "\x9b2J", "\ud800", "\0\x07", "é 漢 😀"])
+def test_text_that_is_shown_is_one_printable_line(value):
+    for shown in (
+        plain(value),
+        quoted(value),
+        plain(ValueError(value)),
+        quoted([value]),
+        plain(value * 1000),
+        quoted(value * 1000),
+    ):
+        assert shown.isprintable()
+        assert len(shown) < 2500
+    assert plain("é 漢 😀") == "é 漢 😀"
+    assert plain("x" * 1000, None) == "x" * 1000
+    assert plain(ValueError()) == "ValueError"

@@ -10,6 +10,7 @@ from typing import Any
 from axontrain import display
 from axontrain.callback import Answer, Callback
 from axontrain.errors import unknown
+from axontrain.shown import NAME, plain
 from axontrain.state import LoopState
 
 STYLES = ("auto", "terminal", "notebook", "lines")
@@ -141,7 +142,9 @@ def chosen(stream: Any) -> str:
 
 
 def readings(state: LoopState) -> str:
-    """The last readings in one line, each a single number."""
+    """The last readings in one line, each a single number. A name may be out of a file, and a terminal would obey it."""
     return "  ".join(
-        f"{name} {display.number(value)}" for name, value in state.values.items() if isinstance(value, (int, float))
+        f"{plain(name, NAME)} {display.number(value)}"
+        for name, value in state.values.items()
+        if isinstance(value, (int, float))
     )

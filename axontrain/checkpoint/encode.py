@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from axontrain.errors import CheckpointError, kind_of
+from axontrain.shown import LONGEST, plain, quoted
 
 TENSOR, FLOAT = "$tensor", "$float"
 FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -25,7 +28,6 @@ DIGITS = 640
 BEYOND = 10**DIGITS
 
 MOST_VALUES = 2_000_000  # each takes time, and some hundred bytes of memory, however short it is in the file
-SHOWN = 200  # characters, of what a stranger wrote
 
 # What safetensors has a name for.
 DTYPES = {
@@ -42,9 +44,15 @@ def encode(tree: Any, place: Callable[[dict[str, Tensor]], dict[str, Tensor]] | 
 
     With ``place``, the tensors are what it returns for those of the tree, which are then as they are there, on any device.
 
+    What is read back is of the plain types: of any mapping (OrderedDict, defaultdict, Counter) a dict, of a tuple or a named
+    tuple a list, of a subclass of float or str (``numpy.float64``) a float or str, of a Parameter a tensor. A
+    ``load_state_dict`` that needs another type makes it of that.
+
     >>> text, tensors = encode({"a": [1, torch.tensor(2.0)]})
     >>> text, tensors
     ('{"a":[1,{"$tensor":"state/a/1"}]}', {'state/a/1': tensor(2.)})
+    >>> decode(text, tensors), decode(*encode((1, 2)))
+    ({'a': [1, tensor(2.)]}, [1, 2])
 
     Raises:
         CheckpointError: naming the place of a value that is no number, text, None, tensor, list or mapping with text keys,
@@ -71,9 +79,9 @@ def decode(text: str, tensors: Mapping[str, Tensor]) -> Any:
     try:
         tree = _decoded(parsed(text), left, 0)
         if left:
-            raise ValueError(f"it does not speak of {len(left)} of the tensors, as {told_of(next(iter(left)))}")
+            raise ValueError(f"it does not speak of {len(left)} of the tensors, as {quoted(next(iter(left)))}")
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the state is no JSON that axontrain wrote: {told_of(error)}") from error
+        raise CheckpointError(f"the state is no JSON that axontrain wrote: {plain(error)}") from error
     return tree
 
 
@@ -90,13 +98,8 @@ def parsed(text: str) -> Any:
 
 
 def told_of(value: Any) -> str:
-    """Something out of a stranger's file, as it may be shown: short, and without what a terminal would act on."""
-    if isinstance(value, Exception):
-        text = str(value)[: SHOWN + 1] or type(value).__name__
-        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    else:
-        text = repr(value[: SHOWN + 1] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    """An error, or something else out of a stranger's file, as it may be shown."""
+    return plain(value) if isinstance(value, Exception) else quoted(value)
 
 
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
@@ -117,14 +120,43 @@ def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> A
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str) or key.startswith("$"):
-                raise CheckpointError(f"{_place(path)} has the key {key!r}: keys are text that does not begin with $")
+                raise CheckpointError(
+                    f"{_place(path)} has the key {quoted(key)}: keys are text that does not begin with ${_for_key(key)}"
+                )
         return {key: _encoded(item, (*path, key), tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encoded(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
     raise CheckpointError(
-        f"{_place(path)} is {kind_of(value)}, which cannot be saved: a state_dict holds numbers, text, None, tensors, and "
-        f"lists and mappings of them"
+        f"{_place(path)} is {_kind(value)}, which cannot be saved{_instead(value)}: a state_dict holds numbers, text, None, "
+        f"tensors, and lists and mappings of them"
     )
+
+
+def _kind(value: Any) -> str:
+    return f"NumPy's {kind_of(value)}" if type(value).__module__ == "numpy" else kind_of(value)
+
+
+def _instead(value: Any) -> str:
+    """What may stand for a value of another kind, where something does."""
+    if type(value).__module__ == "numpy":  # it is not imported for this
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            return ". Save x.item(), which is Python's own"
+        return ". Save torch.from_numpy(x), and make it an array again with x.numpy()" if hasattr(value, "__array__") else ""
+    if isinstance(value, complex):
+        return ". Save [x.real, x.imag]"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return ". Save torch.tensor(list(x), dtype=torch.uint8), or x.hex()"
+    if isinstance(value, Enum):
+        return ". Save x.value, or x.name"
+    if isinstance(value, (Set, Sequence, Iterator)):
+        return ". Save sorted(x)" if isinstance(value, Set) else ". Save list(x)"
+    if isinstance(value, (os.PathLike, torch.device, torch.dtype)):
+        return ". Save str(x)"
+    return ". Save its state_dict()" if callable(getattr(value, "state_dict", None)) else ""
+
+
+def _for_key(key: object) -> str:
+    return "" if isinstance(key, str) else f"; str(key) is {quoted(str(key))}" if isinstance(key, (int, float)) else ""
 
 
 def _name(path: tuple[str, ...], tensors: Mapping[str, Tensor]) -> str:
@@ -180,10 +212,10 @@ def _marked(value: dict[str, Any], left: dict[str, Tensor]) -> Any:
         raise ValueError("a key begins with $")
     if key == TENSOR:
         if not isinstance(item, str) or item not in left:
-            raise ValueError(f"it names a tensor {told_of(item)} that is not there, or that stands elsewhere already")
+            raise ValueError(f"it names a tensor {quoted(item)} that is not there, or that stands elsewhere already")
         return left.pop(item)
     if not isinstance(item, str) or item not in FLOATS:
-        raise ValueError(f"{told_of(item)} is no number")
+        raise ValueError(f"{quoted(item)} is no number")
     return FLOATS[item]
 
 
@@ -210,4 +242,4 @@ def _integer(digits: str) -> int:
 
 
 def _place(path: tuple[str, ...]) -> str:
-    return f"the state's {'/'.join(path)!r}" if path else "the state"
+    return f"the state's {quoted('/'.join(path), LONGEST)}" if path else "the state"

@@ -11,6 +11,7 @@ import re
 import sys
 import uuid
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from axontrain.checkpoint.encode import TENSOR, encode
-from axontrain.checkpoint.weights import PICKLED
+from axontrain.checkpoint.weights import PICKLED, is_pickle
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of
 from axontrain.naming import cleaned
+from axontrain.shown import NAME, plain, quoted
 
 SUFFIX = ".safetensors"
 WELL_KNOWN = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
-MOST_LISTED, LONGEST, MOST_NESTED = 20, 120, 4  # a mapping may hold itself
+MOST_LISTED, MOST_NESTED = 20, 4  # a mapping may hold itself
+TAR = slice(257, 262)  # where an archive of a torch from before 2017 says so
 
 
 def import_weights(file: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, key: str | None = None) -> Path:
@@ -62,6 +65,7 @@ def import_weights(file: str | os.PathLike[str], out: str | os.PathLike[str] | N
     source = Path(file)
     target = Path(out) if out is not None else _beside(source)
     _check_places(source, target)
+    _check_kind(source)
     print(
         f"axontrain: warning: {source} is a pickle. torch.load(weights_only=True) limits what it can do, but is no boundary "
         f"(CVE-2025-32434, CVE-2026-24747: needs torch >= 2.10, this is {torch.__version__}): only import files that you trust",
@@ -70,7 +74,7 @@ def import_weights(file: str | os.PathLike[str], out: str | os.PathLike[str] | N
     found, notes = _tensors(_loaded(source), key, source)
     names = cleaned(found)
     if changed := [name for name, short in names.items() if name != short]:
-        example = f"{_quoted(changed[0])} is {_quoted(names[changed[0]])}"
+        example = f"{quoted(changed[0])} is {quoted(names[changed[0]])}"
         notes.append(f"left the segments of wrappers out of the names: {example}")
     tensors = _ready({names[name]: value for name, value in found.items()}, source)
     _write(target, tensors)
@@ -105,6 +109,28 @@ def _check_free(target: Path) -> None:
         raise ConfigurationError(f"{target} is there already, and is left alone: remove it, or name another OUT")
 
 
+def _check_kind(source: Path) -> None:
+    """Raise unless a file begins as a pickle does: of any other there is nothing to be warned of, and nothing to import."""
+    with source.open("rb") as stream:
+        head = stream.read(TAR.stop)
+    if is_pickle(head) or head[TAR] == b"ustar":
+        if not head.startswith(b"PK") or _has_pickle(source):
+            return
+        raise CheckpointError(f"{source} is refused: it is an archive without a pickle in it, and not of torch.save")
+    if head[8:9] == b"{":
+        raise CheckpointError(f"{source} is refused: it looks like safetensors, which ax.load_weights reads as they are")
+    begins = f"begins with {quoted(head[:16].decode('utf-8', 'backslashreplace'))}" if head else "is empty"
+    raise CheckpointError(f"{source} is refused: it is no file of torch.save, and {begins}")
+
+
+def _has_pickle(source: Path) -> bool:
+    try:
+        with zipfile.ZipFile(source) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    except Exception:  # it is damaged, and torch says how
+        return True
+
+
 def _loaded(source: Path) -> Any:
     """What is in the file, read in the one way there is; never retried in another."""
     try:
@@ -125,11 +151,11 @@ def _reason(error: Exception) -> str:
     text = str(error)
     asked = re.search(r"GLOBAL (\S+)", text)
     if asked:
-        return f"it asks for {_shown(asked[1])}, and tensors need no such thing"
+        return f"it asks for {plain(asked[1], NAME)}, and tensors need no such thing"
     if "TorchScript" in text:
         return "it is a TorchScript archive, a program"
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line and "torch.load" not in line]
-    what = _shown(lines[0].strip()).rstrip(".") if lines else "it ends too soon, or is no such file"
+    what = plain(lines[0].strip(), NAME).rstrip(".") if lines else "it ends too soon, or is no such file"
     return f"torch.load(weights_only=True) cannot read it ({type(error).__name__}: {what})"
 
 
@@ -140,7 +166,7 @@ def _tensors(loaded: Any, key: str | None, source: Path) -> tuple[dict[str, Tens
         found = _under(loaded, key)
         if not _has_tensors(found):
             what = "there is no such key" if found is None else f"it is {_kind(found)}, no mapping with tensors"
-            raise CheckpointError(f"{source}: --key {key}: {what}. {_listing(loaded)}")
+            raise CheckpointError(f"{source}: --key {plain(key)}: {what}. {_listing(loaded)}")
     else:
         found = loaded
         for _ in range(MOST_NESTED):
@@ -156,7 +182,7 @@ def _tensors(loaded: Any, key: str | None, source: Path) -> tuple[dict[str, Tens
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)}
     others = [name for name in found if name not in tensors]
     if others:
-        kinds = [f"{_quoted(name)} ({_kind(found[name])})" for name in others[:MOST_LISTED]]
+        kinds = [f"{_key(name)} ({_kind(found[name])})" for name in others[:MOST_LISTED]]
         more = f" and {len(others) - MOST_LISTED:,} more" if len(others) > MOST_LISTED else ""
         notes.append(f"left out what is no tensor with a name: {', '.join(kinds)}{more}")
     if not tensors:
@@ -244,20 +270,13 @@ def _listing(value: Any) -> str:
 
 def _names(names: list[Any]) -> str:
     more = f" and {len(names) - MOST_LISTED:,} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(map(_quoted, names[:MOST_LISTED])) + more
+    return ", ".join(map(_key, names[:MOST_LISTED])) + more
 
 
-def _quoted(name: Any) -> str:
-    return _shown(repr(name[: 2 * LONGEST])) if isinstance(name, str) else f"a key that is {_kind(name)}"
+def _key(name: Any) -> str:
+    return quoted(name) if isinstance(name, str) else f"a key that is {_kind(name)}"
 
 
 def _kind(value: Any) -> str:
     # What is inside is not looked at: a small file may hold lists in lists without end.
     return kind_of(value) if isinstance(value, Tensor) else type(value).__name__
-
-
-def _shown(text: str) -> str:
-    """Text of a stranger's file: short, and without what a terminal would act on."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST]) + (
-        "..." if len(text) > LONGEST else ""
-    )

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import CheckpointError, kind_of
+from axontrain.shown import LONGEST, quoted
 
 REQUIRED = ("objective", "optimizers", "counters", "values", "history", "rng", "meter", "attached")
 OPTIONAL = ("early", "setup", "plan", "owed", "partial", "in_epoch", "halt")
 COUNTED = ("epoch", "step", "samples", "batch_index")
 MOST = 2**63  # of a counter
+MOST_OF_ONE = 2**31  # values of one sample's predictions or targets
+MOST_EARLY = 10_000_000  # values of a history's earlier rows, each of which takes many times its bytes once it is in a row
 # torch.optim's own that look at each parameter's steps while they are loaded, and those that have a fused kernel.
 STEPPED = {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "Rprop"}
 FUSED = {"Adam", "AdamW", "SGD", "Adagrad"}
@@ -92,16 +95,23 @@ def _row(value: Any, place: str) -> None:
 
 
 def _early(value: Any, place: str) -> None:
-    """Check the earlier rows of a history, which are held by columns."""
+    """Check the earlier rows of a history, which are held by columns, and of tensors as :mod:`axontrain.history` makes them."""
     columns = {name: _only(column, f"{place}/{name}", "rows", "values") for name, column in _texts(value, place).items()}
     for name in ("step", "epoch"):
         values = _of(_of(columns, name, place), "values", f"{place}/{name}")
         if columns[name].get("rows") is not None or not isinstance(values, Tensor) or values.dtype is not torch.int64:
             raise _wrong(values, f"{place}/{name}", "a whole number for each row")
     count = columns["step"]["values"].numel()
+    total = 0
     for name, column in columns.items():
         rows, values = _of(column, "rows", f"{place}/{name}"), _of(column, "values", f"{place}/{name}")
-        length = len(values) if isinstance(values, list) or (isinstance(values, Tensor) and values.dim() == 1) else -1
+        in_tensor = isinstance(values, Tensor) and values.dim() == 1 and values.dtype in (torch.int64, torch.float64)
+        length = len(values) if isinstance(values, list) or in_tensor else -1
+        total += max(length, 0)
+        if total > MOST_EARLY:
+            raise CheckpointError(
+                f"the saved state's {place!r} holds more than {MOST_EARLY:,} readings, which is more than is read back"
+            )
         if length < 0 or (rows is None and length != count):
             raise _wrong(values, f"{place}/{name}/values", "one value for each row")
         if rows is not None and not _are_places(rows, length, count):
@@ -347,7 +357,8 @@ def _example(value: Any, place: str) -> None:
         if len(_list(of_one, at)) != 2 or _text(of_one[1], f"{at}/1") not in EXAMPLES:
             raise _wrong(of_one, at, "a shape and a dtype")
         sizes = [_count(size, f"{at}/0/{axis}") for axis, size in enumerate(_list(of_one[0], f"{at}/0"))]
-        if not sizes or math.prod(max(size, 1) for size in sizes) >= MOST:
+        every = math.prod(max(size, 1) for size in sizes)
+        if not sizes or every >= MOST or every // max(sizes[0], 1) >= MOST_OF_ONE:
             raise _wrong(of_one[0], f"{at}/0", "the shape of a batch")
 
 
@@ -367,7 +378,7 @@ def _texts(value: Any, place: str) -> Mapping[str, Any]:
 def _only(value: Any, place: str, *known: str) -> Mapping[str, Any]:
     for key in _texts(value, place):
         if key not in known:
-            raise CheckpointError(f"{_said(place)} has {_short(key)!r}, which this axontrain does not know")
+            raise CheckpointError(f"{_said(place)} has {quoted(key)}, which this axontrain does not know")
     return value  # type: ignore[no-any-return]
 
 
@@ -455,9 +466,4 @@ def _wrong(value: Any, place: str, expected: str) -> CheckpointError:
 
 
 def _said(place: str) -> str:
-    return f"the saved state's {_short(place)!r}" if place else "the saved state"
-
-
-def _short(text: Any, most: int = 200) -> str:
-    text = str(text)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return f"the saved state's {quoted(place, LONGEST)}" if place else "the saved state"

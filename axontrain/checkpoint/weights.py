@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from axontrain.checkpoint import directory, runs
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
 from axontrain.naming import clean_names, cleanings
+from axontrain.shown import plain, quoted
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what files of torch.save are called
-LISTED, LONGEST = 6, 120
-MOST_NAMES, MOST_TRIED = 100_000, 50  # advice takes a pass over all names for each prefix: a forged file may have a great many
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what files of torch.save are called, whatever they are
+LISTED = 6
+# Of a file that somebody else wrote: safetensors takes time and memory for each tensor before it says anything.
+MOST_TENSORS, MOST_HEADER = 100_000, 64 * 2**20
+MOST_ADVISED, MOST_TRIED = 10_000, 20  # advice takes a pass over all names for each prefix
 
 
 class Unmatched(NamedTuple):
@@ -32,12 +37,19 @@ class Unmatched(NamedTuple):
     unexpected_keys: list[str]
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str], *, strict: bool = True, prefix: str = "") -> Unmatched:
+def load_weights(
+    module: nn.Module,
+    path: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    strict: bool = True,
+    prefix: str | None = None,
+) -> Unmatched:
     """Fill a module with trained weights. Either all that is loaded fits, or nothing is changed.
 
     Args:
         module: any module; it may be compiled or wrapped. Values are converted to the dtypes and devices that it has.
-        path: a checkpoint directory, a run directory (its newest good checkpoint), or a ``.safetensors`` file.
+        path: a checkpoint directory, a run directory (its newest good checkpoint), a ``.safetensors`` file, or what
+            ``loop.save()`` gave.
         strict: every name of the module must be there, and no other. Without it, what has the same name is loaded.
         prefix: take only the names below it, and without it: ``"net."`` fills ``objective.net`` from its objective's weights.
 
@@ -57,11 +69,11 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, strict: boo
     Raises:
         CheckpointError: if it cannot be read, or does not fit: other names (with ``strict``; otherwise none at all in
             common), other shapes, or floats where integers are. It says what would fit, where something would.
-        ConfigurationError: if ``module`` is none, or two of its names are the same without its wrappers.
+        ConfigurationError: if an argument is of another kind, or two names of the module are the same without its wrappers.
     """
-    if not isinstance(module, nn.Module):
-        raise ConfigurationError(f"load_weights fills a module, not {kind_of(module)}: give loop.objective, or the model")
-    source, values = _read(Path(path))
+    _check_arguments(module, path, strict, prefix)
+    source, values = ("the snapshot", _objective(path, "the snapshot")) if isinstance(path, Mapping) else _read(Path(path))
+    prefix = prefix or ""
     own = module.state_dict(keep_vars=True)
     clean = clean_names(module)
     wanted = {clean[key]: value for key, value in own.items()}
@@ -74,8 +86,9 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, strict: boo
     faults = [f"{len(faults)} of its tensors are of another kind: {_listed(faults)}"] if faults else []
     nothing = len(unexpected) == len(found)
     if strict or nothing:
-        faults += [f"it lacks {_listed(map(_quoted, missing))}"] if missing else []
-        faults += [f"the module lacks {_listed(map(_quoted, unexpected))}"] if unexpected else []
+        faults += [f"it lacks {_listed(map(quoted, missing))}"] if missing else []
+        if unexpected:
+            faults.append(f"the module lacks {_listed(map(quoted, unexpected))}{_tied(unexpected, found, wanted)}")
     if faults or nothing:
         raise CheckpointError(
             f"{where} does not fit this {_type(module)}, nothing was loaded: {'; '.join(faults) or 'there is nothing in it'}"
@@ -86,9 +99,36 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str], *, strict: boo
         module.load_state_dict(state, strict=False)  # names were compared above
     except Exception as error:  # a module's own hooks and extra state may ask for anything
         raise CheckpointError(
-            f"{where} could not be loaded into this {_type(module)}, which may hold a part of it now: {error}"
+            f"{where} could not be loaded into this {_type(module)}, which may hold a part of it now: {plain(error, 1000)}"
         ) from error
     return Unmatched(missing, unexpected)
+
+
+def _check_arguments(module: object, path: object, strict: object, prefix: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"load_weights fills a module, not {kind_of(module)}: give loop.objective, or the model")
+    if isinstance(path, Mapping):
+        if "objective" not in path:
+            raise ConfigurationError(
+                "load_weights takes of mappings what loop.save() gave, and this one has no 'objective': a state_dict goes into "
+                "module.load_state_dict(...)"
+            )
+    elif not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+        raise ConfigurationError(
+            f"load_weights reads a path, not {kind_of(path)}: give a checkpoint, a run directory or a .safetensors file, or "
+            f"what loop.save() gave"
+        )
+    if not isinstance(strict, bool):
+        raise ConfigurationError(f"strict={quoted(strict)}: True or False")
+    if not isinstance(prefix, (str, type(None))):
+        raise ConfigurationError(f"prefix={quoted(prefix)}: text, as in prefix='net.'")
+
+
+def _objective(tree: Any, where: object) -> Mapping[str, Any]:
+    values = tree.get("objective") if isinstance(tree, Mapping) else None
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise CheckpointError(f"{where} holds no weights of an objective: it was not written by a Loop")
+    return values
 
 
 def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
@@ -101,10 +141,7 @@ def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
         path, tree = newest
     else:
         raise CheckpointError(f"{path} is no checkpoint and holds none: give one, a run directory or a .safetensors file")
-    values = tree.get("objective") if isinstance(tree, dict) else None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no weights of an objective: it was not written by a Loop")
-    return path, values
+    return path, _objective(tree, path)
 
 
 def _file(path: Path) -> Mapping[str, Any]:
@@ -115,18 +152,33 @@ def _file(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as stream:
             head = stream.read(9)
-        # The length of a header may begin with any bytes, but then its "{" follows.
-        pickled = head[8:] != b"{" and (head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] <= b"\x05"))
-        if pickled or path.suffix.lower() in PICKLED:
-            raise CheckpointError(
-                f"{path} is a pickle, which could run anything, and is not read: `axontrain import-weights {path}` makes a "
-                f".safetensors of it, if you trust it"
-            )
+            if is_pickle(head):
+                raise CheckpointError(
+                    f"{path} is a pickle, which could run anything, and is not read: `axontrain import-weights {path}` makes a "
+                    f".safetensors of it, if you trust it"
+                )
+            stream.seek(8)
+            length = int.from_bytes(head[:8], "little")
+            _check_header(path, length, stream.read(min(length, MOST_HEADER)))
         return load_file(path)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as safetensors: {plain(error)}") from error
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins so is a pickle, or an archive with one in it as ``torch.save`` makes it."""
+    # The length of a header may begin with any bytes, but then its "{" follows.
+    return head[8:9] != b"{" and (head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and b"" < head[1:2] <= b"\x05"))
+
+
+def _check_header(path: Path, length: int, header: bytes) -> None:
+    """Raise where a header would take long; all else safetensors looks at itself."""
+    if length > MOST_HEADER and length <= path.stat().st_size - 8:
+        raise CheckpointError(f"{path} has a header of {length:,} bytes, and no more than {MOST_HEADER:,} are read")
+    if header.count(b"{") > MOST_TENSORS + 2:  # one more for all, and one for what may be said about them
+        raise CheckpointError(f"{path} has more than {MOST_TENSORS:,} tensors, which are not read")
 
 
 def _best(values: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str, where: str) -> dict[str, Any]:
@@ -139,7 +191,7 @@ def _best(values: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str, whe
             most, found = fitting, {short: values[name] for name, short in names.items()}
     if prefix and not found:
         tops = dict.fromkeys(f"{name.partition('.')[0]}." for name in values if "." in name)
-        raise CheckpointError(f"{where} there is nothing; its names begin with {_listed(map(_quoted, tops)) or 'no prefix'}")
+        raise CheckpointError(f"{where} there is nothing; its names begin with {_listed(map(quoted, tops)) or 'no prefix'}")
     return found
 
 
@@ -165,26 +217,49 @@ def _fault(name: str, value: Any, own: Any) -> str:
     if not isinstance(own, Tensor) or name.rpartition(".")[2] == "_extra_state":  # the module's own affair
         return ""
     if not isinstance(value, Tensor):
-        return f"{_quoted(name)} is {type(value).__name__} there, a tensor here"
+        return f"{quoted(name)} is {type(value).__name__} there, a tensor here"
     if is_lazy(own):  # it takes the shape that it gets
         return ""
     if own.is_meta:
-        return f"{_quoted(name)} is on the meta device here, and holds nothing: module.to_empty(device=...) first"
+        return f"{quoted(name)} is on the meta device here, and holds nothing: module.to_empty(device=...) first"
     if own.shape != value.shape:
-        return f"{_quoted(name)} is {tuple(value.shape)} there, {tuple(own.shape)} here"
-    if _rank(value) > _rank(own):
-        return f"{_quoted(name)} is {kind_of(value)} there, {kind_of(own)} here"
+        return f"{quoted(name)} is {tuple(value.shape)} there, {tuple(own.shape)} here"
+    if loses(value, own):
+        return f"{quoted(name)} is {kind_of(value)} there, {kind_of(own)} here"
     return ""
 
 
-def _rank(value: Tensor) -> int:
-    """What cannot be converted to a lower one without losing more than digits."""
-    return 2 if value.is_complex() else 1 if value.is_floating_point() else 0
+def _tied(unexpected: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What to do where all that the module lacks is there twice, as of a network that was kept in two attributes."""
+    there: dict[str, list[str]] = {}
+    for name in wanted:
+        if name in found:
+            there.setdefault(name.rpartition(".")[2], []).append(name)
+    pairs = []
+    for name in unexpected[:LISTED]:
+        twins = (twin for twin in there.get(name.rpartition(".")[2], ()) if _same(found[name], found[twin]))
+        pairs.append(max(twins, key=lambda twin, name=name: _alike(name, twin), default=""))  # type: ignore[misc]
+    if "" in pairs:
+        return ""
+    names = _listed(map(quoted, [*pairs, *unexpected[LISTED:]]))  # so many, of which the first are told
+    return f", which hold what {names} hold: strict=False leaves them out"
+
+
+def _alike(name: str, other: str) -> int:
+    """How many segments the ends of two names share."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _same(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return False
+    return (value.dtype, value.shape) == (other.dtype, other.shape) and torch.equal(value, other)
 
 
 def _advice(values: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What would make it fit, if something simple would."""
-    if len(values) > MOST_NAMES:
+    if len(values) > MOST_ADVISED:
         return ""
     fitting = [
         prefix
@@ -192,12 +267,12 @@ def _advice(values: Mapping[str, Any], found: Mapping[str, Any], wanted: Mapping
         if any(_fits({short: values[name] for name, short in names.items()}, wanted) for names in _ways(values, prefix))
     ]
     if fitting:
-        return f". It would fit with {' or '.join(f'prefix={_quoted(prefix)}' for prefix in fitting[:LISTED])}"
+        return f". It would fit with {' or '.join(f'prefix={quoted(prefix)}' for prefix in fitting[:LISTED])}"
     for names in cleanings(found):
         inner = {short: found[name] for name, short in names.items()}
         for prefix in _prefixes(wanted, inner):
             if _fits(inner, {name.removeprefix(prefix): wanted[name] for name in wanted if name.startswith(prefix)}):
-                return f". It fits a part of the module, {_quoted(prefix[:-1])}: give that in its place"
+                return f". It fits a part of the module, {quoted(prefix[:-1])}: give that in its place"
     return ""
 
 
@@ -228,8 +303,3 @@ def _listed(texts: Iterable[str]) -> str:
     listed = list(texts)
     more = f" and {len(listed) - LISTED:,} more" if len(listed) > LISTED else ""
     return ", ".join(listed[:LISTED]) + more
-
-
-def _quoted(name: str) -> str:
-    """A name of a stranger's file: short, and without what a terminal would act on."""
-    return repr(name if len(name) <= LONGEST else f"{name[:LONGEST]}...")

@@ -148,9 +148,10 @@ def _validation(before: Mapping[str, Any] | None, after: Mapping[str, Any] | Non
 
 def _of_optimizer(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     changes = []
-    for key in sorted({*before, *after} - {"schedule"}):
+    for key in sorted({*before, *after} - {"schedule", "set", *after["set"]}):
         if change := _changed(before.get(key), after.get(key)):
-            how = "the clipping is that of this Loop" if key.startswith("clip") else "the run keeps what it had"
+            how = f"the run keeps what it had (to change it: loop.restore, loop.state.optimizers[{name!r}].set, fit)"
+            how = "the clipping is that of this Loop" if key.startswith("clip") else how
             changes.append(f"{key} of the optimizer {name!r}: {change}; {how}")
     if _plain(before.get("schedule")) != _plain(after.get("schedule")):
         how = "this Loop's is used" if after.get("schedule") is not None else "there is none, and the rate stays where it was"

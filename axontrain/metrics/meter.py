@@ -18,10 +18,12 @@ from axontrain.errors import MetricError, kind_of
 from axontrain.metrics.means import Entry, Sums, means, merge, summed
 from axontrain.metrics.registry import Built, build, resolve
 from axontrain.objective import Step, batch_size
+from axontrain.shown import plain
 
 FOLD = 256
 SMALL_BYTES = 256 * 1024
 MOST_BYTES = 64 * 1024 * 1024
+SMALL_STATE = 2**20  # values of a metric's state that need no reason
 
 # predictions, targets, skipped (a flag on the device, or None), weights
 Waiting = tuple[Any, Any, Tensor | None, Tensor | None]
@@ -145,8 +147,35 @@ class Meter:
         if self._tallies is None and self._example is not None and self._saved:
             device = next((loss.device for loss, *_ in self._losses), torch.device("cpu"))
             device = next((sums.device for sums in self._sums.values()), device)
-            empty = [torch.empty((0, *shape[1:]), dtype=DTYPES[dtype], device=device) for shape, dtype in self._example]
-            self._tallies = self._build(*empty)
+            self._check_example(self._example)
+            self._tallies = self._build(*_empty(self._example, device))
+
+    def _check_example(self, example: list[Any]) -> None:
+        """Raise if the metrics would take far more memory than what was saved of them: a few digits of a file may ask for it.
+
+        Raises:
+            MetricError: if so.
+        """
+        saved = {name: _values(tally) for name, tally in self._saved.items()}
+        most = max(SMALL_STATE, *saved.values())
+        shapes = [shape for shape, _ in example]
+        told = f"the saved metrics are of predictions {tuple(shapes[0])} and targets {tuple(shapes[1])}"
+        try:
+            with torch.device("meta"):  # where a tensor has a shape and no memory
+                empty = _empty(example, torch.device("meta"))
+                built = [build(name, spec, *empty) for name, spec in self._specs.items()]
+        except Exception as error:  # of a user's factory which looks at its tensors: of what it makes nothing is known
+            if any(size**2 > most for shape in shapes for size in shape[1:]):
+                raise MetricError(f"{told}, for which nothing can be made before a batch has come: {plain(error)}") from error
+            return
+        for one in built:
+            states = [] if one.metric is None else list(one.metric._defaults.values())
+            values = sum(state.numel() for state in states if isinstance(state, Tensor) and state.is_meta)
+            if values > most:
+                raise MetricError(
+                    f"{told}, for which {one.name!r} would hold {values:,} values where {saved.get(one.name, 0):,} were saved: "
+                    f"that is no state of this metric"
+                )
 
     def _fold(self) -> Sums:
         entries: dict[str, list[Entry]] = defaultdict(list)
@@ -326,6 +355,18 @@ def _example(*values: Any) -> list[Any] | None:
     if all(isinstance(value, Tensor) and value.dim() and str(value.dtype) in DTYPES for value in values):
         return [[list(value.shape), str(value.dtype)] for value in values]
     return None
+
+
+def _empty(example: list[Any], device: torch.device) -> list[Tensor]:
+    return [torch.empty((0, *shape[1:]), dtype=DTYPES[dtype], device=device) for shape, dtype in example]
+
+
+def _values(value: Any) -> int:
+    """How many values the tensors of a tree hold."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_values, parts))
 
 
 def _detached(value: Any) -> Any:

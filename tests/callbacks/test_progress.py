@@ -224,3 +224,19 @@ def test_in_a_terminal_shell_it_is_a_terminal(monkeypatch, terminal):
 def test_a_style_that_is_not_known_offers_the_nearest():
     with pytest.raises(ax.UnknownNameError, match="unknown style of ProgressBar 'line': did you mean 'lines'"):
         ax.ProgressBar("line")
+
+
+@pytest.mark.parametrize("style", ["lines", "terminal"])
+def test_a_terminal_does_not_obey_a_name(style):
+    """A reading is named by whoever wrote the checkpoint that was restored."""
+    stream = io.StringIO()
+    bar = ax.ProgressBar(style, stream=stream)
+    objective = ax.Supervised(nn.Linear(3, 2), "cross_entropy")
+    loop = ax.Loop(objective, ax.Optimizer("sgd", lr=0.1), callbacks=[bar], device="cpu", progress=False)
+    loop.state.values.update({"\x1b]0;evil\x07\x1b[2J": 0.5, "a\nb\u202e": 1.0, "x" * 10_000: 2.0})
+    loop.fit([(torch.randn(4, 3), torch.randint(2, (4,)))], epochs=1)
+    text = stream.getvalue()
+    assert r"\x1b]0;evil\x07\x1b[2J 0.5" in text
+    assert r"a\nb\u202e 1" in text
+    assert not set("\x1b\x07\u202e") & set(text.replace("\x1b[A", ""))
+    assert "x" * 200 not in text

@@ -285,7 +285,24 @@ def states(good):
         "data at a place that is text": {"attached/data": {"position": ["0", "0"]}},
         "data with a generator beyond its words": {"attached/data": {"begun": [_twisted(good["rng"]["torch"])]}},
     }
-    return found | _of_generators(good) | _of_optimizers(good) | _of_meters()
+    return found | _of_early() | _of_generators(good) | _of_optimizers(good) | _of_meters()
+
+
+def _of_early():
+    whole = {"rows": None, "values": torch.arange(3)}
+    columns = {"step": whole, "epoch": whole}
+    values = {"bytes": torch.ones(3, dtype=torch.uint8), "truths": torch.ones(3) > 0, "floats of 32 bits": torch.ones(3),
+              "complex numbers": torch.ones(3, dtype=torch.complex64), "many dimensions": torch.ones(3, 1, dtype=torch.int64),
+              "text": "abc", "too few": torch.arange(2), "null": None}  # fmt: skip
+    found = {f"early readings of {name}": {**columns, "a": {"rows": None, "values": of}} for name, of in values.items()}
+    rows = {"beyond": torch.tensor([3]), "negative": torch.tensor([-1]), "floats": torch.tensor([1.0]), "text": "0"}
+    found |= {
+        f"early readings of rows that are {name}": {**columns, "a": {"rows": of, "values": torch.ones(1, dtype=torch.float64)}}
+        for name, of in rows.items()
+    }
+    found["early readings without steps"] = {"epoch": whole}
+    found["early readings of steps in some rows"] = {**columns, "step": {"rows": torch.arange(3), "values": torch.arange(3)}}
+    return {name: {"early": early} for name, early in found.items()}
 
 
 def _twisted(state, left=624, following=624):
@@ -403,6 +420,8 @@ def _of_meters():
         "an example of a dtype that is a list": {"meter/example": [[[4], []], [[4], "torch.int64"]]},
         "an example of a negative size": {"meter/example": [[[-4], "torch.int64"], [[4], "torch.int64"]]},
         "an example of a size beyond memory": {"meter/example": [[[4, 2**40, 2**40], "torch.int64"], [[4], "torch.int64"]]},
+        "an example of a sample beyond memory": {"meter/example": [[[0, 2**31], "torch.int64"], [[4], "torch.int64"]]},
+        "an example of many sizes": {"meter/example": [[[1, *[2] * 40], "torch.int64"], [[4], "torch.int64"]]},
         "names of tasks that are numbers": {"meter/names": [1]},
         "a task that is text": {"meter/tasks": {"a": "x"}},
         "a task within a task that is text": {

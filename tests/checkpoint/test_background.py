@@ -1,10 +1,13 @@
 """The process that writes: what it did or failed in is told, and it neither outlives its parent nor disturbs it."""
 
+import contextlib
 import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +68,14 @@ def test_an_error_of_the_system_keeps_its_number_and_names_the_file(number):
         assert caught.value.errno == number
 
 
+@pytest.mark.parametrize("value", [None, [], ["step-000000001"], {"a": [1, 2.5, "ü"]}, ["x" * 100] * 5000])
+def test_what_the_work_returns_is_told(value):
+    job = Job(lambda: value)
+    until(job.over)
+    assert job.result() == value
+    assert job.result() == value
+
+
 def test_an_error_of_the_system_without_a_number_is_told_in_its_words():
     with pytest.raises(CheckpointError, match=r"^/run/x could not be written: no space$"):
         Job(raising(OSError("/run/x could not be written: no space"))).result()
@@ -91,16 +102,20 @@ def test_any_other_error_is_told_with_its_kind(error, told):
     assert len(str(caught.value)) < 6000
 
 
-@pytest.mark.parametrize("how", ["os._exit(0)", "os._exit(7)", "SIGKILL"])
-def test_a_process_that_ends_without_a_word_has_failed(how):
+@pytest.mark.parametrize("how", ["os._exit(0)", "os._exit(7)", "SIGKILL", "within a word"])
+def test_a_process_that_ends_without_a_word_has_failed(monkeypatch, how):
+    monkeypatch.setattr(background, "_tell", lambda pipe, what: (os.write(pipe, b'{"done": [1'), os._exit(0)))
+
     def work():
+        if how == "within a word":
+            return
         if how.startswith("os"):
             os._exit(7 if "7" in how else 0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     job = Job(work)
     until(job.over)
-    with pytest.raises(CheckpointError, match="was killed"):
+    with pytest.raises(CheckpointError, match=r"was killed \(by the system when memory runs out, or with the thread that"):
         job.result()
 
 
@@ -139,6 +154,139 @@ def test_ctrl_c_and_sigterm_to_the_group_do_not_hurt_it(tmp_path):
     (tmp_path / "go").touch()
     job.result()
     assert {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM, signal.SIGTERM])
+def test_no_handler_of_the_users_runs_there(tmp_path, number):
+    def work():
+        (tmp_path / "began").touch()
+        until((tmp_path / "go").exists)
+
+    before = signal.signal(number, lambda *_: (tmp_path / f"handled in {os.getpid()}").touch())
+    try:
+        job = Job(work)
+        until((tmp_path / "began").exists)
+        for process in (job.pid, os.getpid()):
+            os.kill(process, number)
+        (tmp_path / "go").touch()
+        job.result()
+    finally:
+        signal.signal(number, before)
+    assert [path.name for path in tmp_path.glob("handled*")] == [f"handled in {os.getpid()}"]
+
+
+def test_ctrl_c_at_the_fork_loses_neither_the_pipe_nor_the_process(tmp_path, monkeypatch):
+    before, fork = descriptors(), os.fork
+
+    def interrupted():
+        process = fork()
+        if process:
+            os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fork", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Job((tmp_path / "done").touch, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    background.settle(tmp_path)
+    assert (tmp_path / "done").exists()
+    assert descriptors() == before
+    assert background._RUNNING == []
+
+
+def test_ctrl_c_while_it_is_waited_for_loses_nothing_of_what_was_told(monkeypatch):
+    job, read, count = Job(lambda: ["a", "b"]), os.read, 0
+
+    def interrupted(pipe, size):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return read(pipe, size)
+
+    monkeypatch.setattr(os, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.result()
+    assert job.result() == ["a", "b"]
+
+
+def test_any_number_of_open_files_does_no_harm(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("no more than 1024 files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, before[1]))
+    try:
+        with contextlib.ExitStack() as held:
+            while held.enter_context(Path("/dev/null").open()).fileno() < 1100:
+                pass
+            job = Job(lambda: until((tmp_path / "go").exists))
+            assert not job.over()
+            (tmp_path / "go").touch()
+            until(job.over)
+            job.result()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_thread_that_ends_takes_its_process_with_it_and_that_is_said(tmp_path):
+    jobs = []
+
+    def begin():
+        jobs.append(Job(lambda: until((tmp_path / "go").exists)))
+        time.sleep(0.1)  # until it is known there whose end is its own
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    with pytest.raises(CheckpointError, match="or with the thread that began it"):
+        jobs[0].result()
+
+
+FORKING = """
+import os, sys, time, warnings
+from pathlib import Path
+from axontrain.checkpoint.background import Job, settle
+
+warnings.simplefilter("ignore")  # of Python 3.12
+there = Path(sys.argv[1])
+
+def work():
+    while not (there / "go").exists():
+        time.sleep(0.002)
+    return "told"
+
+job = Job(work, there)
+process = os.fork()
+if process == 0:
+    settle(there)  # is not its child's to wait for
+    try:
+        job.result()
+    except Exception as error:
+        print(error, flush=True)
+    sys.exit(0)  # the ordinary way, with all that is done at exit
+os.waitpid(process, 0)
+(there / "go").touch()
+print(job.result())
+"""
+
+
+def test_a_process_that_is_forked_later_neither_waits_for_it_nor_takes_what_it_tells(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORKING, tmp_path], capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, done.stderr) == ("another process has begun it, and waits for it\ntold\n", "")
+
+
+def test_without_a_way_to_die_with_the_parent_none_is_begun():
+    script = (
+        "import torch; del torch.multiprocessing._prctl_pr_set_pdeathsig\n"
+        "from axontrain.checkpoint import background; print(background.AVAILABLE)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_the_process_dies_with_its_parent(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from axontrain import CheckpointError
-from axontrain.checkpoint import name_of, read, write
+from axontrain.checkpoint import directory, name_of, read, write
 
 TENSORS, STATE, ABOUT, MANIFEST = FILES = ("tensors.safetensors", "state.json", "about.json", "manifest.json")
 
@@ -84,6 +85,51 @@ def test_write_replaces_a_checkpoint_and_leaves_nothing_beside_it(saved):
     write(saved, tree(1))
     assert_whole(read(saved), 1)
     assert beside(saved) == ["saved"]
+
+
+@pytest.mark.parametrize("there", ["a checkpoint", "nothing", "a file"])
+def test_what_the_disk_has_not_kept_takes_nobodys_place(tmp_path, monkeypatch, there):
+    path = tmp_path / "saved"
+    if there == "a checkpoint":
+        write(path, tree(1))
+    elif there == "a file":
+        path.write_text("x")
+    fill, renamed = directory._fill, []
+
+    def lossy(where, what):
+        fill(where, what)
+        content = bytearray((where / TENSORS).read_bytes())
+        content[-1] ^= 1
+        (where / TENSORS).write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "_fill", lossy)
+        patch.setattr(Path, "rename", lambda *names: renamed.append(names))
+        with pytest.raises(CheckpointError, match=r"does not read back as it was: .*/saved is damaged: tensors.safetensors"):
+            directory.commit(path, directory.encoded(tree(2)))
+    assert renamed == []  # at no moment was there less than before
+    assert beside(path) == ([] if there == "nothing" else ["saved"])
+    if there == "a checkpoint":
+        assert_whole(read(path), 1)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "saved"
+    path.write_text("a file")
+    directory.commit(path, directory.encoded(tree(1)))
+    assert beside(path) == ["saved"]
+    assert_whole(read(path), 1)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("look", [directory.about, directory.verify, read])
+def test_a_disk_that_does_not_tell_is_no_damage(saved, monkeypatch, number, look):
+    def fails(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "lstat", fails)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        look(saved)
 
 
 def test_write_takes_an_empty_directory(tmp_path):

@@ -1,4 +1,5 @@
 import collections
+import enum
 import json
 import math
 import types
@@ -171,6 +172,62 @@ class Thing:
 def test_what_cannot_be_saved_is_named_by_its_place(value, told):
     with pytest.raises(CheckpointError, match=rf"the state's 'optimizers/main/1' is .*{told}"):
         encode({"optimizers": {"main": [0, value]}})
+
+
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        (np.float32(1), "is NumPy's float32() float32, which cannot be saved. Save x.item()"),
+        (np.bool_(True), "Save x.item()"),
+        (np.array(1), "Save x.item()"),
+        (np.zeros(3), "is NumPy's ndarray(3,) float64, which cannot be saved. Save torch.from_numpy(x)"),
+        ({1, 2}, "is set, which cannot be saved. Save sorted(x)"),
+        (frozenset(), "Save sorted(x)"),
+        (b"bytes", "Save torch.tensor(list(x), dtype=torch.uint8), or x.hex()"),
+        (bytearray(1), "dtype=torch.uint8"),
+        (1j, "Save [x.real, x.imag]"),
+        (range(3), "Save list(x)"),
+        (collections.deque(), "Save list(x)"),
+        (iter([]), "Save list(x)"),
+        (Path("a"), "Save str(x)"),
+        (torch.device("cpu"), "Save str(x)"),
+        (torch.float32, "Save str(x)"),
+        (enum.Enum("Colour", "RED").RED, "Save x.value, or x.name"),
+        (torch.nn.ReLU(), "Save its state_dict()"),
+        (Thing(), "is Thing, which cannot be saved: a state_dict holds"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_may_be_saved_in_its_place_is_said(value, instead):
+    with pytest.raises(CheckpointError) as raised:
+        encode([value])
+    assert instead in str(raised.value)
+
+
+def test_what_is_advised_can_be_saved():
+    array, text = np.zeros(3), b"bytes"
+    tree = [
+        np.float32(1).item(),
+        torch.from_numpy(array),
+        torch.tensor(list(text), dtype=torch.uint8),
+        sorted({1, 2}),
+        list({}.keys()),
+    ]
+    assert bytes(decode(*encode(tree))[2].tolist()) == text
+
+
+def test_containers_and_numbers_of_other_kinds_come_back_plain():
+    point = collections.namedtuple("point", "x y")(1, (2,))
+    tree = {"a": point, "b": collections.Counter("aa"), "c": collections.defaultdict(int, d=np.float64(0.5)), "d": (1,)}
+    back = decode(*encode(tree))
+    assert back == {"a": [1, [2]], "b": {"a": 2}, "c": {"d": 0.5}, "d": [1]}
+    assert [type(back[key]) for key in "abcd"] == [list, dict, dict, list]
+    assert type(back["c"]["d"]) is float
+
+
+def test_a_key_that_is_a_number_says_what_it_would_be_as_text():
+    with pytest.raises(CheckpointError, match=r"the key 7: keys are text that does not begin with \$; str\(key\) is '7'"):
+        encode({7: 1})
 
 
 @pytest.mark.parametrize("key", [1, None, ("a",), "$tensor", "$float", "$", "$own"])

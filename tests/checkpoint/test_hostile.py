@@ -15,7 +15,7 @@ from hostile import corpus
 from torch import nn
 
 import axontrain as ax
-from axontrain.checkpoint import directory, encode, read, write
+from axontrain.checkpoint import directory, encode, read, schema, write
 from axontrain.checkpoint.directory import about
 from axontrain.checkpoint.schema import check
 from benchmarks.fuzz_checkpoints import fitting, same, small_loop
@@ -212,6 +212,38 @@ def test_the_schema_takes_what_states_there_are():
     state = loop.save()
     state["rng"]["cuda"] = [torch.tensor([5, 8], dtype=torch.int64).view(torch.uint8)]
     check(state)
+
+
+def test_early_readings_are_bounded(monkeypatch):
+    """Each value takes many times its bytes once it stands in a row."""
+    state = small_loop().save()
+    whole = {"rows": None, "values": torch.arange(1000)}
+    some = {"rows": torch.arange(500), "values": torch.ones(500, dtype=torch.float64)}
+    state["early"] = {"step": whole, "epoch": whole, "a": some, "b": {"rows": torch.arange(2), "values": [1, None]}}
+    monkeypatch.setattr(schema, "MOST_EARLY", 2502)
+    check(state)
+    monkeypatch.setattr(schema, "MOST_EARLY", 2501)
+    with pytest.raises(ax.CheckpointError, match="the saved state's 'early' holds more than 2,501 readings"):
+        check(state)
+
+
+def test_a_forged_example_takes_no_memory_when_it_is_read():
+    loop = ax.Loop(
+        ax.Supervised(nn.Linear(3, 2), "cross_entropy"),
+        ax.Optimizer("sgd", lr=0.1),
+        metrics=["confusion_matrix"],
+        device="cpu",
+        progress=False,
+    )
+    batches = [(torch.randn(4, 3), torch.randint(2, (4,)))] * 3
+    for state in loop.steps(batches, epochs=1):
+        if state.step == 2:
+            snapshot = loop.save()
+    assert snapshot["meter"]["metrics"]["confusion_matrix"]["waiting"]
+    snapshot["meter"]["example"][0][0] = [4, 2**20]  # of as many classes, a matrix of 8 TB
+    loop.restore(snapshot)
+    with pytest.raises(ax.MetricError, match=r"'confusion_matrix' would hold 1,099,511,627,777 values where 4. were saved"):
+        loop.state.read()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 
 import pytest
@@ -324,7 +325,44 @@ def test_a_whole_module_is_refused_and_never_read_in_another_way(run, tmp_path, 
     assert calls == [{"map_location": "cpu", "weights_only": True}]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + bytes(50), b"\x80\x02}", b"\x80\x04\x95", bytes(100)])
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("train.py", b"import torch\nprint(1)\n", r"and begins with 'import torch\npri'"),
+        ("data.jsonl", b'{"a": 1}\n', r"""and begins with '{"a": 1}\n'"""),
+        ("old.pt", b"\x1b[2Jgone", r"and begins with '\x1b[2Jgone'"),
+        ("old.pt", b"\xff\xfe", r"and begins with '\\xff\\xfe'"),
+        ("old.pt", b"P", "and begins with 'P'"),
+        ("old.pt", bytes(100), "and begins with "),
+        ("old.pt", b"", "and is empty"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_pickle_is_not_called_one(run, tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    status, out, err = run(None, name=name)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"axontrain: {tmp_path / name} is refused: it is no file of torch.save, {told}")
+    assert "warning" not in err
+    assert err.count("\n") == 1
+    assert err[:-1].isprintable()
+
+
+def test_an_archive_of_something_else_and_safetensors_are_no_pickles(run, tmp_path):
+    with zipfile.ZipFile(tmp_path / "old.pt", "w") as archive:
+        archive.writestr("word/document.xml", "<w/>")
+    status, _, err = run(None)
+    assert (status, "warning" in err) == (1, False)
+    assert "it is an archive without a pickle in it" in err
+    save_file({"w": torch.ones(1)}, tmp_path / "new.bin")
+    status, _, err = run(None, name="new.bin")
+    assert (status, "warning" in err) == (1, False)
+    assert "it looks like safetensors, which ax.load_weights reads as they are" in err
+    load_weights(module := nn.ParameterDict({"w": torch.zeros(1)}), tmp_path / "new.bin")
+    assert module["w"].item() == 1
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04" + bytes(50), b"\x80\x02}", b"\x80\x04\x95"])
 def test_what_is_no_such_file_is_refused_in_one_line(run, tmp_path, content):
     (tmp_path / "old.pt").write_bytes(content)
     line = error_of(run(None), tmp_path)

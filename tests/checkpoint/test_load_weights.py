@@ -1,7 +1,9 @@
+import json
 import os
 import pickle
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import axontrain as ax
 from axontrain import CheckpointError, ConfigurationError
-from axontrain.checkpoint import name_of, write
+from axontrain.checkpoint import name_of, weights, write
 from axontrain.checkpoint.weights import load_weights
 
 
@@ -329,6 +331,47 @@ def test_a_pickle_is_not_read_and_the_way_out_is_said(tmp_path, unchanged, name,
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("name", ["train.py", "a.pt", "a.bin"])
+def test_a_text_is_not_called_a_pickle(tmp_path, unchanged, name):
+    (tmp_path / name).write_text("import torch\n")
+    told = refusal(unchanged, tmp_path / name)
+    assert "cannot be read as safetensors" in told
+    assert "pickle" not in told
+
+
+def header_of(path, names):
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    return path
+
+
+def test_more_tensors_than_anybody_has_are_not_read(tmp_path, unchanged, monkeypatch):
+    monkeypatch.setattr(weights, "load_file", lambda path: pytest.fail("it was read"))
+    file = header_of(tmp_path / "a.safetensors", map(str, range(weights.MOST_TENSORS + 2)))
+    assert f"{file} has more than 100,000 tensors, which are not read" in refusal(unchanged, file)
+    long = header_of(tmp_path / "b.safetensors", ["x" * weights.MOST_HEADER])
+    assert "has a header of 67,10" in refusal(unchanged, long)
+
+
+def test_what_is_said_about_the_tensors_may_have_braces(tmp_path):
+    save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors", metadata={"tags": json.dumps([{}] * 50_000)})
+    load_weights(module := nn.ParameterDict({"w": torch.zeros(1)}), tmp_path / "a.safetensors")
+    assert module["w"].item() == 1
+
+
+@pytest.mark.parametrize("segment", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_of_forged_files_take_no_time(tmp_path, unchanged, segment, prefix):
+    deep = header_of(tmp_path / "a.safetensors", [f"{segment * 40_000}w"])
+    # All of them with many ways to be read, and prefixes to be tried.
+    tails = [f"p{number % 60}.{'q.' * (number // 60)}weight" for number in range(9_000)]
+    many = header_of(tmp_path / "b.safetensors", [f"{segment * 12}{tail}" for tail in tails])
+    started = time.process_time()
+    for file in (deep, many):
+        assert len(refusal(unchanged, file, prefix=prefix)) < 3000
+    assert time.process_time() - started < 5
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"{}", b"\x02" + b"\0" * 7 + b"{]", b"\xff" * 20, bytes(100), b"\x80"])
 def test_what_is_no_safetensors_is_an_error(tmp_path, unchanged, content):
     (tmp_path / "a.safetensors").write_bytes(content)
@@ -384,6 +427,75 @@ def test_what_is_no_module_is_an_error(tmp_path):
     loop = ax.Loop(Objective(1), progress=False, device="cpu")
     with pytest.raises(ConfigurationError, match=r"not Loop: give loop\.objective"):
         load_weights(loop, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (None, "reads a path, not NoneType: give a checkpoint, a run directory"),
+        (torch.ones(2), r"reads a path, not Tensor\(2,\) float32: .* or what loop\.save\(\) gave"),
+        (b"a.safetensors", "reads a path, not bytes"),
+        (3, "reads a path, not int"),
+        ({"0.weight": torch.ones(2)}, r"this one has no 'objective': a state_dict goes into module\.load_state_dict"),
+    ],
+    ids=["None", "a tensor", "bytes", "a number", "a state_dict"],
+)
+def test_what_is_no_path_is_an_error_that_says_what_to_give(unchanged, path, told):
+    with pytest.raises(ConfigurationError, match=told):
+        load_weights(unchanged, path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"strict": "no"}, {"strict": None}, {"strict": 1}, {"prefix": 3}, {"prefix": b"net."}], ids=str
+)
+def test_options_of_another_kind_are_an_error(tmp_path, unchanged, options):
+    file = saved(tmp_path / "a.safetensors", net(1))
+    ((name, _),) = options.items()
+    with pytest.raises(ConfigurationError, match=f"^{name}="):
+        load_weights(unchanged, file, **options)
+
+
+def test_no_prefix_may_be_none(tmp_path):
+    assert load_weights(module := net(2), saved(tmp_path / "a.safetensors", net(1)), prefix=None) == ([], [])
+    assert same(module, net(1))
+
+
+def test_from_a_snapshot_in_memory():
+    loop = ax.Loop(Objective(1), progress=False, device="cpu")
+    snapshot = loop.save()
+    load_weights(objective := Objective(2), snapshot)
+    assert same(objective, loop.objective)
+    load_weights(module := net(2), snapshot, prefix="net.")
+    assert same(module, loop.objective.net)
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert same(objective, loop.objective)
+    with pytest.raises(CheckpointError, match="the snapshot holds no weights of an objective"):
+        load_weights(module, {"objective": 3})
+    with pytest.raises(CheckpointError, match=r"the snapshot does not fit this Sequential, .* with prefix='net\.'"):
+        load_weights(module, snapshot)
+
+
+def test_a_network_that_was_kept_twice_is_said_to_be_the_same(tmp_path):
+    class Twice(Objective):
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.fast = compiled(self.net)
+
+    write(tmp_path / "twice", {"objective": dict(Twice(1).state_dict())})
+    told = refusal(Objective(2), tmp_path / "twice")
+    assert "the module lacks 'fast._orig_mod.0.weight'" in told
+    assert "which hold what 'net.0.weight', 'net.0.bias', 'net.1.weight'" in told
+    assert told.endswith("and 3 more hold: strict=False leaves them out")
+    load_weights(objective := Objective(2), tmp_path / "twice", strict=False)
+    assert same(objective, Objective(1))
+    write(tmp_path / "once", {"objective": dict(Objective(1).state_dict())})
+    assert load_weights(twice := Twice(2), tmp_path / "once") == ([], [])  # one name of a tied tensor is enough
+    assert same(twice, Twice(1))
+    state = dict(Twice(1).state_dict())
+    state["fast._orig_mod.0.weight"] = torch.zeros_like(state["net.0.weight"])
+    write(tmp_path / "other", {"objective": state})
+    assert "leaves them out" not in refusal(Objective(2), tmp_path / "other")
 
 
 def test_nothing_is_imported_or_written(tmp_path):

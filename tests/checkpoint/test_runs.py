@@ -1,5 +1,6 @@
 """The checkpoints of a run directory: their names and order, which are kept, which is taken, what is swept."""
 
+import errno
 import math
 import os
 import shutil
@@ -104,7 +105,7 @@ def test_those_whose_number_cannot_be_read_come_behind_the_step_before_them(tmp_
     assert [bool(entry.problem) for entry in found] == [True, False, True, True, False, True]
     assert found[-1].problem.endswith("is no directory of its own")
     for number in (True, -1, 0, 2.5, "3", None, 10**400):
-        assert Entry(tmp_path, 1, {"number": number}).number in (0, 10**400)
+        assert Entry(tmp_path, 1, {"number": number}).number == 0
 
 
 def test_a_directory_that_is_not_there_has_none(tmp_path):
@@ -151,7 +152,7 @@ def test_what_is_kept_is_the_last_the_best_and_the_permanent_and_nothing_else(ke
         assert gone == []
         return
     kept = [*good[-keep.last :], *best_of(keep, good), *[entry for entry in found if entry.permanent]]
-    assert [entry.step for entry in gone] == [entry.step for entry in found if entry not in kept]
+    assert [entry.step for entry in gone] == [entry.step for entry in good if entry not in kept]
     assert found[-1] not in gone
 
 
@@ -196,7 +197,7 @@ def test_nothing_is_pruned_before_the_new_one_verifies(tmp_path, monkeypatch):
         patch.setattr(files, "verify", bad)
         with pytest.raises(CheckpointError, match="damaged"):
             commit(tmp_path, 30, 3, Keep(1))
-    assert steps(tmp_path) == [15, 20, 30]
+    assert names(tmp_path) == [name_of(15), name_of(20)]
     commit(tmp_path, 40, 4, Keep(1))
     assert steps(tmp_path) == [40]
 
@@ -211,12 +212,107 @@ def test_one_of_the_same_step_replaces_what_was_there_whatever_its_name(tmp_path
     assert steps(tmp_path) == [20, 10]
 
 
-def test_a_damaged_one_is_not_counted_among_those_that_are_kept(tmp_path):
+def test_a_damaged_one_is_not_counted_among_those_that_are_kept_and_stays(tmp_path):
     for number in (1, 2, 3):
         put(tmp_path, number, number)
     (tmp_path / name_of(3) / "state.json").unlink()
     commit(tmp_path, 4, 4, Keep(2))
-    assert steps(tmp_path) == [2, 4]
+    assert steps(tmp_path) == [2, 3, 4]
+    commit(tmp_path, 3, 5, Keep(2))  # its step again
+    assert steps(tmp_path) == [4, 3]
+    assert all(files.is_whole(path) for path in tmp_path.iterdir())
+
+
+ERRORS = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES]
+
+
+def failing(monkeypatch, holder, name, step, number):
+    """A disk that fails in one call, where it is of the checkpoint of one step."""
+    call = getattr(holder, name)
+
+    def fails(path, *arguments, **named):
+        if name_of(step) in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return call(path, *arguments, **named)
+
+    monkeypatch.setattr(holder, name, fails)
+
+
+@pytest.mark.parametrize("number", ERRORS)
+@pytest.mark.parametrize(("holder", "name"), [(Path, "lstat"), (Path, "read_text"), (files, "_described")])
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_what_could_not_be_looked_at_is_not_pruned_and_is_what_it_was_afterwards(
+    tmp_path, monkeypatch, number, holder, name, step
+):
+    """1 is permanent, 2 the best, 4 the last."""
+    keep = Keep(1, 1, "val/loss")
+    for made, value in ((1, 0.9), (2, 0.1), (3, 0.5), (4, 0.6)):
+        commit(tmp_path, made, made, keep, value, permanent=made == 1)
+    assert steps(tmp_path) == [1, 2, 4]
+    with monkeypatch.context() as patch:
+        failing(patch, holder, name, step, number)
+        (found,) = [entry for entry in entries(tmp_path) if entry.step == step]
+        assert found.unseen
+        assert "could not be looked at" in found.problem
+        assert os.strerror(number) in found.problem
+        commit(tmp_path, 5, 5, keep, 0.7)
+    assert set(steps(tmp_path)) >= {1, 2, 5, step}
+    commit(tmp_path, 6, 6, keep, 0.8)
+    assert steps(tmp_path) == [1, 2, 6]
+
+
+def test_what_cannot_be_read_whole_is_not_pruned_either(tmp_path, monkeypatch):
+    for number in (1, 2, 3):
+        put(tmp_path, number, number)
+    verify = files.verify
+
+    def fails(path):
+        if path == tmp_path / name_of(3):
+            raise OSError(errno.EIO, "Input/output error")
+        verify(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "verify", fails)
+        commit(tmp_path, 4, 4, Keep(2))
+    assert steps(tmp_path) == [2, 3, 4]  # 2 counts, as 3 may be damaged
+
+
+@pytest.mark.parametrize("damaged", ["about.json", "manifest.json"])
+def test_a_damaged_about_says_nothing_of_permanence_so_that_it_stays(tmp_path, damaged):
+    commit(tmp_path, 1, 1, Keep(1), permanent=True)
+    (tmp_path / name_of(1) / damaged).write_text("{")
+    for step in (2, 3):
+        commit(tmp_path, step, step, Keep(1))
+    assert steps(tmp_path) == [1, 3]
+    assert not entries(tmp_path)[0].unseen
+
+
+@pytest.mark.parametrize("number", [10**400, 2**70, 2**63, -1, True, 1.5])
+def test_a_number_that_no_run_has_given_does_no_harm(tmp_path, number):
+    put(tmp_path, 1, number)
+    put(tmp_path, 2, 1)
+    assert steps(tmp_path) == [1, 2]
+    commit(tmp_path, 3, 2, Keep(1))
+    assert steps(tmp_path) == [3]
+
+
+def test_a_commit_tells_what_it_has_seen_to_be_good_so_that_it_is_read_once(tmp_path, monkeypatch):
+    for number in range(1, 7):
+        put(tmp_path, number, number)
+    damage(tmp_path / name_of(4))
+    seen, read_whole, verify = set(), [], files.verify
+    monkeypatch.setattr(files, "verify", lambda path: (read_whole.append(Path(path).name.split(".")[0]), verify(path)))
+    for step in (7, 8):
+        what = files.encoded({"step": step}, {"number": step})
+        seen.update(runs.commit(tmp_path, name_of(step), what, Keep(4), frozenset(seen)))
+    assert sorted(read_whole) == [name_of(step) for step in (3, 4, 5, 6, 7, 8)]
+    assert seen == {name_of(step) for step in (3, 5, 6, 7, 8)}
+
+
+def test_a_commit_makes_no_directory(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        commit(tmp_path / "gone", 1, 1, Keep(1))
+    assert names(tmp_path) == []
 
 
 # --- the newest --------------------------------------------------------------------------------------------------------------
@@ -305,6 +401,22 @@ def test_of_several_that_stepped_aside_the_last_that_is_whole_is_put_back(tmp_pa
     assert (names(tmp_path), files.about(path)["by"]) == ([path.name], 1)
 
 
+@pytest.mark.parametrize("which", ["target", "aside"])
+def test_what_stepped_aside_stays_where_the_disk_does_not_tell_whether_it_is_needed(tmp_path, monkeypatch, which):
+    path = put(tmp_path, 10, 1, by="the aside")
+    path.rename(left(path, "old"))
+    if which == "target":
+        put(tmp_path, 10, 2, by="the target")
+    before = names(tmp_path)
+    with monkeypatch.context() as patch:
+        failing(patch, files, "_described", 10, errno.EIO)
+        assert sweep(tmp_path) == []
+    assert names(tmp_path) == before
+    sweep(tmp_path)
+    assert names(tmp_path) == [path.name]
+    assert files.about(path)["by"] == f"the {which}"
+
+
 @pytest.mark.parametrize("suffix", ["", "-val_loss-0.5"])
 @pytest.mark.parametrize("kind", ["tmp", "old"])
 def test_a_sweep_that_was_killed_leaves_what_the_next_one_sweeps(tmp_path, monkeypatch, suffix, kind):
@@ -357,17 +469,17 @@ def test_a_link_in_the_place_of_a_leftover_is_removed_and_not_followed(tmp_path,
 def test_a_damaged_one_that_a_glance_passes_pushes_out_no_good_one(tmp_path):
     keep = runs.Keep(2)
 
-    def save(number, verified=()):
+    def save(number, *verified):
         what = files.encoded({"weights": torch.full((64,), float(number))}, {"number": number})
-        runs.commit(tmp_path, runs.name_of(number), what, keep, verified)
+        runs.commit(tmp_path, runs.name_of(number), what, keep, [runs.name_of(one) for one in verified])
 
     save(1)
-    save(2, [1])
+    save(2, 1)
     tensors = tmp_path / runs.name_of(2) / "tensors.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)
     save(3)
-    assert [entry.step for entry in runs.entries(tmp_path)] == [1, 3]
-    save(4, [3])
+    assert [entry.step for entry in runs.entries(tmp_path)] == [1, 2, 3]
+    save(4, 3)
     assert [entry.step for entry in runs.entries(tmp_path)] == [3, 4]

@@ -395,3 +395,30 @@ def test_nonsense_is_no_checkpoint(nonsense):
 def test_nonsense_is_no_directory():
     with pytest.raises(ax.ConfigurationError, match="directory=3"):
         loop_of(directory=3)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [None, ax.schedules.linear(), lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5)],
+    ids=["none", "progress", "torch"],
+)
+def test_a_run_goes_on_with_another_rate_where_that_is_said(tmp_path, schedule):
+    def optimizer(lr, decay=0.0):
+        groups = {"*.bias": {"lr": lr / 10}}
+        return ax.Optimizer("sgd", lr=lr, weight_decay=decay, groups=groups, schedule=schedule)
+
+    rates = []
+    for lr in (0.1, 0.2):
+        where = tmp_path / str(lr)
+        loop_of(where, optimizer=optimizer(0.1), callbacks=[StopAt(4)]).fit(DATA, steps=10, batch_size=8)
+        loop = loop_of(where, optimizer=optimizer(lr, lr))
+        loop.restore(where)
+        loop.state.optimizers["main"].set(lr=lr, weight_decay=lr)
+        loop.fit(DATA, steps=10, batch_size=8, resume=True)
+        groups = loop.state.optimizers["main"].optimizers[0].param_groups
+        assert [group["weight_decay"] for group in groups] == [lr, lr]
+        rates.append([group["lr"] for group in groups])
+    assert rates[1] == pytest.approx([2 * rate for rate in rates[0]])
+    assert rates[0][0] == pytest.approx(10 * rates[0][1])
+    with pytest.raises(ax.UnknownNameError, match="weight_dekay"):
+        loop.state.optimizers["main"].set(weight_dekay=1)

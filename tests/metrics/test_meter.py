@@ -317,3 +317,49 @@ def test_what_was_seen_of_targets_is_saved_too():
     restored.record(regression(1.0))
     with pytest.raises(MetricError, match=f"{6 * meter.FOLD} of the targets"):
         restored.read()
+
+
+# --- a state that was forged -----------------------------------------------------------------------------------------
+
+
+def looks(num_classes=None):
+    assert float(torch.ones(1)) == 1  # as a constructor may look at its own tensors
+    return MulticlassF1Score(num_classes, average="macro")
+
+
+@pytest.mark.parametrize(
+    "metrics", [["confusion_matrix"], {"own": torchmetrics.classification.MulticlassConfusionMatrix}, {"looks": looks}], ids=str
+)
+def test_a_forged_example_takes_no_memory(metrics):
+    state = fed(metrics, steps([4] * 3)).state_dict()
+    before = Meter(metrics)
+    before.load_state_dict(state)
+    assert before.read() == fed(metrics, steps([4] * 3)).read()
+    shape = [4, 2**21]  # a matrix of 32 TB
+    state["example"] = [[shape, "torch.float32"], [[4], "torch.int64"]]
+    forged = Meter(metrics)
+    forged.load_state_dict(state)
+    with pytest.raises(MetricError, match=r"the saved metrics are of predictions \(4, 2097152\) and targets \(4,\), for which"):
+        forged.read()
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 60_000])
+def test_what_is_restored_of_many_classes_is_read_without_a_batch(classes):
+    metrics = {"accuracy": "accuracy", "perplexity": "perplexity", "f1": "f1", "looks": looks}
+    if classes > CLASSES:
+        del metrics["looks"]  # of torchmetrics, whose matrix of so many takes 29 GB
+    predictions, targets = torch.randn(3, classes), torch.arange(3)
+    step = Step(torch.tensor(1.0), predictions, targets, 3)
+    one = fed(metrics, [step] * 2)
+    expected = one.read(last=True)  # so that nothing waits, and only states are saved
+    for extra in ({}, {"hits": hits}):
+        other = Meter({**metrics, **extra})
+        other.load_state_dict(decode(*encode(one.state_dict())))
+        assert {name: value for name, value in other.read().items() if name in expected} == expected
+
+
+def test_a_metric_that_is_new_is_made_without_a_batch():
+    one = fed(["accuracy"], steps([4] * 3))
+    other = Meter(["accuracy", "confusion_matrix"])
+    other.load_state_dict(one.state_dict())
+    assert other.read() == one.read()
