@@ -1,5 +1,9 @@
+import contextlib
+import errno
 import json
 import math
+import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -111,6 +115,94 @@ def test_the_file_has_a_line_of_strict_json_for_each_reading(tmp_path):
         {"epoch": 1, "step": 10, "train/loss": "nan", "up": "inf", "down": "-inf"},
         {"epoch": 1, "step": 10, "val/matrix": [[1, "nan"], [0, 2]], "name — ü": 1.5},
     ]
+
+
+@pytest.mark.parametrize("kind", ["a link", "a dangling link", "a pipe", "a directory"])
+def test_what_is_no_file_of_the_runs_is_not_written_to(tmp_path, kind):
+    path, victim = tmp_path / "history.jsonl", tmp_path / "victim"
+    if kind == "a link":
+        victim.write_text("precious")
+    if "link" in kind:
+        path.symlink_to(victim)
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    history = ax.History(path)
+    with pytest.raises(ax.ConfigurationError, match=r"history\.jsonl is a link, or no file"):
+        history.rewrite()
+    with pytest.warns(ax.AxonWarning, match=r"history\.jsonl could not be written: .*kept in memory"):
+        history.add(1, 0, {"a": 1.0})
+    assert victim.exists() == (kind == "a link")
+    assert kind != "a link" or victim.read_text() == "precious"
+    assert len(history) == 1
+
+
+def test_what_is_written_anew_goes_through_a_file_that_nobody_has_laid_out(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    stale, other = tmp_path / f"history.jsonl.tmp-{'ab' * 16}", tmp_path / "history.jsonl.tmp-mine"
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "history.jsonl.tmp").symlink_to(victim)
+    stale.symlink_to(victim)
+    other.touch()
+    history = ax.History(path)
+    history.add(1, 0, {"a": 1.0})
+    history.rewrite()
+    assert victim.read_text() == "precious"
+    assert sorted(one.name for one in tmp_path.iterdir()) == [
+        "history.jsonl", "history.jsonl.tmp", "history.jsonl.tmp-mine", "victim"
+    ]  # fmt: skip
+    fresh = uuid.UUID(int=7)
+    monkeypatch.setattr(uuid, "uuid4", lambda: fresh)
+    monkeypatch.setattr(Path, "unlink", lambda self: None)  # somebody lays it out in between
+    path.with_name(f"history.jsonl.tmp-{fresh.hex}").symlink_to(victim)
+    with pytest.warns(ax.AxonWarning, match="File exists"):
+        history.rewrite()
+    assert victim.read_text() == "precious"
+
+
+def test_a_full_disk_is_told_once_and_what_it_has_lost_is_written_later(tmp_path, monkeypatch):
+    path = tmp_path / "history.jsonl"
+    history = ax.History(path)
+    history.add(1, 0, {"a": 1.0})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.warns(ax.AxonWarning, match=r"could not be written: .*No space left.* kept in memory"):
+            history.rewrite()
+        history.add(2, 0, {"a": 2.0})  # a second warning would be an error
+        history.rewrite()
+    assert [one.name for one in tmp_path.iterdir()] == ["history.jsonl"]
+    assert len(path.read_text().splitlines()) == 1
+    history.add(3, 0, {"a": 3.0})
+    assert [strict(line) for line in path.read_text().splitlines()] == history.rows
+
+
+@pytest.mark.parametrize("error", [OSError("renamed"), ax.CheckpointError("renamed")])
+def test_a_guarded_history_is_written_nowhere_else(tmp_path, error):
+    history = ax.History(tmp_path / "run" / "history.jsonl")
+    history.add(1, 0, {"a": 1.0})
+    (tmp_path / "run").rename(tmp_path / "moved")
+
+    def guard():
+        raise error
+
+    history.guard = guard
+    told = pytest.warns(ax.AxonWarning, match="renamed") if isinstance(error, OSError) else pytest.raises(type(error))
+    with told:
+        history.add(2, 0, {"a": 2.0})
+    history.guard = lambda: None
+    with contextlib.nullcontext() if isinstance(error, OSError) else pytest.warns(ax.AxonWarning, match="No such file"):
+        history.add(3, 0, {"a": 3.0})
+    assert [one.name for one in tmp_path.iterdir()] == ["moved"]
+    assert history["a"] == [1.0, 2.0, 3.0]
+    (tmp_path / "moved").rename(tmp_path / "run")
+    history.rewrite()
+    assert [strict(line) for line in history.path.read_text().splitlines()] == history.rows
 
 
 def test_a_history_without_a_path_writes_nothing(tmp_path, monkeypatch):

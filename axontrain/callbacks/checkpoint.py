@@ -103,6 +103,7 @@ class Checkpoint(Saver):
         self._verified: set[str] = set()  # the names of checkpoints that this fit has seen to be good
         self._number = 0  # of the last that this fit has written
         self._known = False  # whether the reading that is ranked by was there
+        self._directory: Path | None = None
         self._key = (0, 0)  # of the run directory
         self._sized = False  # whether it was seen how large the state is
 
@@ -118,6 +119,16 @@ class Checkpoint(Saver):
         """Whether another process is writing a checkpoint just now."""
         return self._job is not None and not self._job.over()
 
+    @property
+    def best_path(self) -> Path | None:
+        """Where the best checkpoint of the last fit's directory lies, for ``ax.load_weights``; None if there is none."""
+        if self._directory is None:
+            return None
+        if self._job is not None:
+            self._finish()
+        ranked = self.keep.ranked(runs.entries(self._directory))
+        return ranked[0].path if ranked else None
+
     def before_fit(self, state: LoopState) -> Answer:
         """Complain now rather than when there is something to lose."""
         if state.directory is None:
@@ -126,7 +137,7 @@ class Checkpoint(Saver):
             raise ConfigurationError(
                 f"{self!r} ranks by {self.keep.monitor!r}, but this fit has no validation data: fit(train, validation, ...)"
             )
-        self._key = lock.key_of(state.directory)
+        self._directory, self._key = state.directory, lock.key_of(state.directory)
         state.history.guard = partial(self._guard, state.directory)
         for name, part in state.attached.items():
             encode({"attached": {name: part.state_dict()}})  # what cannot be saved is an error before the first step

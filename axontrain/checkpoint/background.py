@@ -24,6 +24,7 @@ from axontrain.errors import CheckpointError
 
 # Elsewhere a fork of a process with threads is not safe, or cannot die with its parent.
 AVAILABLE = sys.platform == "linux" and hasattr(torch.multiprocessing, "_prctl_pr_set_pdeathsig")
+NICE = 10  # training goes first where there are not cores enough for both
 MOST_TOLD = 5000  # characters of an error
 KILLED = "the process that wrote it was killed (by the system when memory runs out, or with the thread that began it)"
 ELSEWHERE = json.dumps({"errno": None, "text": "another process has begun it, and waits for it"}).encode()
@@ -136,6 +137,7 @@ def _do(work: Callable[[], object], tell: int, parent: int) -> None:
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
         if os.getppid() != parent:  # which died before that was said
             os._exit(1)
+        os.nice(NICE)
         _tell(tell, {"done": work()})
     except BaseException as error:
         number = getattr(error, "errno", None)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from forks import in_child, is_there, until
 from torch import nn
 
 import axontrain as ax
-from axontrain.checkpoint import background, name_of, read, runs
+from axontrain.checkpoint import background, directory, name_of, read, runs
 from axontrain.checkpoint.directory import is_whole
 from benchmarks.fuzz_checkpoints import different, same
 from benchmarks.kills import timeless, unexpected
@@ -356,12 +357,164 @@ def test_a_writers_failure_does_not_hide_the_error_that_ended_the_fit(fault):
     assert steps_of(run) == [2, 4]
 
 
+def taken_away(run, how):
+    """A run directory as it may go while a run writes there; and where it is."""
+    if how == "removed":
+        shutil.rmtree(run)
+        return run
+    run.rename(run.with_name("moved"))
+    if how == "replaced":
+        run.mkdir()
+    return run.with_name("moved")
+
+
 @BOTH
-def test_a_run_directory_that_was_removed_is_made_again_or_told(tmp_path, asynchronous):
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+@pytest.mark.parametrize("step", [5, 6])  # where the history is written first, and a checkpoint
+def test_a_run_directory_that_goes_away_ends_the_fit_and_nothing_is_written_in_its_place(tmp_path, asynchronous, how, step):
     run = tmp_path / "run"
-    at = At(step_5=lambda: shutil.rmtree(run))
-    fit(loop_at(run, at, asynchronous=asynchronous))
+    loop = loop_at(run, At(**{f"step_{step}": lambda: taken_away(run, how)}), asynchronous=asynchronous)
+    why = "is another directory than" if how == "replaced" else "was renamed or removed while this run writes there"
+    with pytest.raises(ax.CheckpointError, match=f"run {why}.*put it back where it was"):
+        fit(loop)
+    assert loop.state.step == step
+    assert not run.exists() or list(run.iterdir()) == []
+    if how != "removed":
+        if how == "replaced":
+            run.rmdir()
+        (tmp_path / "moved").rename(run)
+        again = made(run)
+        fit(again)
+        assert_ends_as_uninterrupted(again)
+        assert len((run / "history.jsonl").read_text().splitlines()) == len(again.state.history)
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["renamed", "removed", "replaced"])
+def test_a_run_directory_that_goes_away_is_told_each_time_where_training_is_to_go_on(tmp_path, asynchronous, how):
+    run = tmp_path / "run"
+
+    def back():
+        if how != "removed":
+            shutil.rmtree(run, ignore_errors=True)
+            (tmp_path / "moved").rename(run)
+
+    at = At(step_5=lambda: taken_away(run, how), step_9=back)
+    loop = loop_at(run, at, asynchronous=asynchronous, on_failure="warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert fit(loop).status == "completed"
+    told = messages(caught)
+    assert sum("history.jsonl could not be written" in text for text in told) == 1
+    failed = [step for step in range(2, 14) for text in told if f"the checkpoint {name_of(step)} could not" in text]
+    assert failed == ([6, 8] if how != "removed" else [6, 8, 10, 12, 12])
+    assert len(told) == 1 + len(failed)
+    assert all("run was renamed" in text or "run is another directory" in text for text in told)
+    assert_ends_as_uninterrupted(loop)
+    if how == "removed":
+        assert not run.exists()
+        return
     assert steps_of(run) == [10, 12]
+    assert not (tmp_path / "moved").exists()
+    assert len((run / "history.jsonl").read_text().splitlines()) == len(loop.state.history)
+
+
+@forks
+def test_a_run_directory_that_goes_away_while_it_is_written_to_is_not_made_anew(tmp_path, slow_writer):
+    run = tmp_path / "run"
+    loop = made(run, At(step_3=lambda: (until(lambda: being_written(run)), taken_away(run, "renamed"), slow_writer.touch())),
+                asynchronous=True)  # fmt: skip
+    with pytest.raises(ax.CheckpointError, match="run was renamed or removed"):
+        fit(loop)
+    assert not run.exists()
+
+
+def test_the_way_to_a_relative_directory_can_be_lost_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with pytest.raises(ax.CheckpointError, match="or the program has changed its working directory"):
+        fit(made("run", At(step_3=lambda: os.chdir(elsewhere))))
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_full_disk_when_a_fit_begins_is_told_once_and_the_fit_goes_on(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    loop = made(run, on_failure="warn")
+    fit(loop, steps=5)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        patch.setattr(os, "fsync", full)
+        warnings.simplefilter("always")
+        assert fit(loop, steps=10).status == "completed"
+    told = messages(caught)
+    assert sum("history.jsonl could not be written" in text for text in told) == 1
+    assert sorted(one.name for one in run.iterdir() if "tmp" in one.name) == []
+    assert fit(loop, steps=12).status == "completed"
+    assert len((run / "history.jsonl").read_text().splitlines()) == len(loop.state.history)
+
+
+@BOTH
+def test_older_ones_are_read_whole_once_by_a_run_that_goes_on(tmp_path, monkeypatch, asynchronous):
+    run, log = tmp_path / "run", tmp_path / "log"
+    fit(made(run, keep_last=4), steps=8)
+    assert steps_of(run) == [2, 4, 6, 8]
+    described = directory._described
+
+    def logged(file):
+        if file.name == "tensors.safetensors":
+            with log.open("a") as stream:
+                stream.write(f"{file.parent.name}\n")
+        return described(file)
+
+    monkeypatch.setattr(directory, "_described", logged)
+    at = At(step_9=lambda: log.write_text(""))  # what is resumed from is read by then
+    loop = loop_at(run, at, asynchronous=asynchronous, keep_last=4)
+    fit(loop, steps=14)
+    read_whole = log.read_text().split()
+    assert {name for name in read_whole if ".tmp-" not in name} == {name_of(step) for step in (4, 6, 8)}
+    assert len([name for name in read_whole if ".tmp-" not in name]) == 3
+    assert steps_of(run) == [8, 10, 12, 14]
+
+
+@forks
+@pytest.mark.parametrize("asynchronous", [None, True])
+def test_a_fit_in_another_thread_writes_in_it_unless_it_is_told_otherwise(tmp_path, monkeypatch, asynchronous):
+    monkeypatch.setattr("axontrain.callbacks.checkpoint.SMALL_BYTES", 0)
+    begun, job = [], background.Job
+    monkeypatch.setattr(background, "Job", lambda *given: (begun.append(given), job(*given))[1])
+    results = []
+    for thread in (threading.Thread, lambda target: target()):
+        count = len(begun)
+        run = tmp_path / f"run{len(results)}"
+        one = thread(target=lambda run=run: results.append(fit(made(run, asynchronous=asynchronous))))
+        if one is not None:
+            one.start()
+            one.join()
+        assert (len(begun) > count) == (asynchronous is True or one is None)
+        assert steps_of(run) == [10, 12]
+    assert [result.status for result in results] == ["completed"] * 2
+
+
+def test_a_number_of_those_that_cannot_be_looked_at_is_not_given_twice(tmp_path, monkeypatch):
+    run, look = tmp_path / "run", directory.about
+
+    def fails(path):
+        if name_of(6) in str(path) or name_of(4) in str(path):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return look(path)
+
+    def breaks():
+        monkeypatch.setattr(directory, "about", fails)
+
+    at = At(step_7=breaks, step_9=lambda: monkeypatch.setattr(directory, "about", look))
+    fit(made(run, at, keep_last=None))  # of 8 it is only known that it comes after those that this fit has written
+    found = runs.entries(run)
+    assert [entry.step for entry in found] == [2, 4, 6, 8, 10, 12]
+    assert [entry.number for entry in found] == sorted({entry.number for entry in found})
 
 
 # --- damage ------------------------------------------------------------------------------------------------------------------
@@ -583,7 +736,7 @@ def test_however_a_fit_ends_it_waits_for_the_writer(tmp_path, monkeypatch, how):
             del step
             if loop.state.step == 7:
                 break
-    assert steps_of(run) == [4, 6]
+    assert steps_of(run) == ([4, 6] if how == "an error" else [6, 7])  # who leaves is saved at once
 
 
 ABANDONED = """

@@ -228,22 +228,22 @@ def test_early_readings_are_bounded(monkeypatch):
 
 
 def test_a_forged_example_takes_no_memory_when_it_is_read():
-    loop = ax.Loop(
-        ax.Supervised(nn.Linear(3, 2), "cross_entropy"),
-        ax.Optimizer("sgd", lr=0.1),
-        metrics=["confusion_matrix"],
-        device="cpu",
-        progress=False,
-    )
-    batches = [(torch.randn(4, 3), torch.randint(2, (4,)))] * 3
-    for state in loop.steps(batches, epochs=1):
-        if state.step == 2:
-            snapshot = loop.save()
+    def made():
+        objective = ax.Supervised(nn.Linear(3, 2), "cross_entropy", metrics=["confusion_matrix"])
+        return ax.Loop(objective, ax.Optimizer("sgd", lr=0.1), device="cpu", progress=False)
+
+    loop = made()
+    for _ in loop.steps([(torch.randn(4, 3), torch.randint(2, (4,)))] * 3, epochs=1):
+        if loop.state.step == 2:
+            snapshot, expected = loop.save(), loop.state.read()
     assert snapshot["meter"]["metrics"]["confusion_matrix"]["waiting"]
+    honest, forged = made(), made()
+    honest.restore(snapshot)
+    assert honest.state.read() == expected
     snapshot["meter"]["example"][0][0] = [4, 2**20]  # of as many classes, a matrix of 8 TB
-    loop.restore(snapshot)
-    with pytest.raises(ax.MetricError, match=r"'confusion_matrix' would hold 1,099,511,627,777 values where 4. were saved"):
-        loop.state.read()
+    forged.restore(snapshot)
+    with pytest.raises(ax.MetricError, match=r"'confusion_matrix' would hold 1,099,511,627,777 values where \d+ were saved"):
+        forged.state.read()
 
 
 @pytest.mark.parametrize(

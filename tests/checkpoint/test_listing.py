@@ -1,6 +1,7 @@
 """The list of a run's checkpoints: each verified, why one is bad, and nothing in it that a terminal would obey."""
 
 import json
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from axontrain.checkpoint import directory, runs
 from axontrain.checkpoint.listing import listed
 
 
-def save(where, step, **about):
+def save(where, step, /, **about):
     keep = runs.Keep(None)
     runs.commit(
         where, runs.name_of(step), directory.encoded({"step": step, "text": "x" * 5000}, {"number": step, **about}), keep
@@ -63,7 +64,52 @@ def test_it_says_why_one_is_bad_and_that_the_older_one_is_taken(three, capsys, f
 
 def test_one_checkpoint_can_be_looked_at_alone(three, capsys):
     assert cli.main(["checkpoints", str(three / runs.name_of(20))]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].endswith("good, permanent")  # what a run would take is said of a run
+    (three / runs.name_of(20) / "manifest.json").unlink()
+    assert cli.main(["checkpoints", str(three / runs.name_of(20))]) == 1
+    assert "BAD: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_it_says_which_is_the_best_where_the_run_has_said_by_what(tmp_path, capsys, mode):
+    best = {"monitor": "val/\x1bloss", "mode": mode}
+    for step, value in ((10, 0.5), (20, 0.25), (30, math.nan), (40, 0.75), (50, 0.3)):
+        save(tmp_path, step, readings={"val/\x1bloss": value}, best=best)
+    assert cli.main(["checkpoints", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "best" in line] == [runs.name_of(20 if mode == "min" else 40)]
+    (line,) = [line for line in lines if "best" in line]
+    assert line.endswith("good, best val/\\x1bloss")
+
+
+@pytest.mark.parametrize("best", [None, "val/loss", [], {}, {"monitor": 5, "mode": "min"}, {"monitor": "a", "mode": "least"},
+                                  {"monitor": "a", "mode": []}, {"monitor": "b", "mode": "min"}])  # fmt: skip
+def test_where_it_is_not_known_by_what_none_is_the_best(tmp_path, best):
+    save(tmp_path, 10, readings={"a": 1.0}, best=best)
+    table, good = listed(tmp_path)
+    assert good
+    assert "best" not in table
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"time": HUGE}, {"time": -HUGE}, {"time": True}, {"time": math.inf}, {"time": 1e300}, {"readings": {"x": HUGE}},
+     {"readings": {"x": -HUGE}}, {"number": HUGE}, {"epoch": HUGE}, {"epoch": True}, {"step": HUGE}, {"step": -1},
+     {"readings": {"x": HUGE}, "best": {"monitor": "x", "mode": "max"}}],
+)  # fmt: skip
+def test_numbers_out_of_all_range_are_no_traceback(tmp_path, capsys, about):
+    save(tmp_path, 10, **{"number": 1, **about})
+    save(tmp_path, 20, number=2)
+    assert [entry.step for entry in runs.entries(tmp_path)] == [10, 20]
+    assert cli.main(["checkpoints", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "0" * 30 not in out
+    assert "True" not in out.replace("resume=True", "")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "."])
@@ -115,6 +161,7 @@ def test_the_names_that_a_loop_gives(tmp_path):
     loop.fit(data, data, epochs=3, batch_size=8)
     table, good = listed(tmp_path)
     assert good
+    assert table.splitlines()[-1].endswith("good, best val/loss, the one that resume=True takes")
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     for row in rows:
         assert f"step-{row['step']:09d}-val_loss-{row['val/loss']:.6g}" in table

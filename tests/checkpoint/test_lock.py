@@ -18,6 +18,7 @@ import torch
 from forks import in_child, is_there, until
 
 import axontrain as ax
+from axontrain.checkpoint import lock as lock_module
 from axontrain.checkpoint.lock import DirectoryLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the other process")
@@ -302,3 +303,92 @@ def test_where_the_file_system_has_no_locks_a_warning_says_so(run, monkeypatch, 
     with pytest.warns(ax.AxonWarning, match="cannot be locked"):
         lock = DirectoryLock(run)
     lock.release()
+
+
+@pytest.mark.parametrize("kind", ["a link", "a dangling link", "a pipe", "a directory"])
+def test_what_is_no_file_of_the_runs_is_neither_followed_nor_waited_for(run, tmp_path, kind):
+    run.mkdir()
+    victim = tmp_path / "victim"
+    if kind == "a link":
+        victim.write_text("precious")
+    if "link" in kind:
+        (run / ".lock").symlink_to(victim)
+    elif kind == "a pipe":
+        os.mkfifo(run / ".lock")
+    else:
+        (run / ".lock").mkdir()
+    with pytest.raises(ax.ConfigurationError, match=r"\.lock is a link, or no file|cannot be written to.*Is a directory"):
+        DirectoryLock(run)
+    assert victim.exists() == (kind == "a link")
+    assert kind != "a link" or victim.read_text() == "precious"
+    if kind == "a directory":
+        (run / ".lock").rmdir()
+    else:
+        (run / ".lock").unlink()
+    DirectoryLock(run).release()
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_full_disk_is_told_and_the_directory_is_held(run, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.warns(ax.AxonWarning, match=r"\.lock could not be written: .*No space left.* The directory is this run's"):
+            lock = DirectoryLock(run)
+    assert not is_free(run)
+    lock.release()
+    assert is_free(run)
+
+
+def test_a_directory_that_fails_while_it_is_locked_is_told_and_nothing_is_left(run, monkeypatch):
+    run.mkdir()
+    before, opened = len(list(Path("/proc/self/fd").iterdir())), os.open
+
+    def fails(path, *arguments):
+        if Path(path) == run:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opened(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(ax.ConfigurationError, match=r"cannot be locked: .*Too many open files"):
+            DirectoryLock(run)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    DirectoryLock(run).release()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_end_of_a_program_that_never_began_its_steps_is_silent(run):
+    script = f"""
+import sys, torch, axontrain as ax
+model = ax.Supervised(torch.nn.Linear(2, 1), "mse")
+loop = ax.Loop(model, ax.Optimizer("sgd", lr=0.1), directory={str(run)!r}, progress=False, device="cpu")
+kept = loop.steps([(torch.ones(4, 2), torch.ones(4, 1))], epochs=1)
+sys.kept = kept
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_lock_that_is_collected_while_another_is_taken_is_no_deadlock(run, monkeypatch):
+    abandoned, locked = [DirectoryLock(run.with_name("other"))], lock_module._locked
+    monkeypatch.setattr(lock_module, "_locked", lambda file: (abandoned.clear(), locked(file))[1])
+    with DirectoryLock(run):
+        assert is_free(run.with_name("other"))
+
+
+def test_a_directory_that_was_renamed_or_replaced_is_known(run, tmp_path):
+    with DirectoryLock(run):
+        key = lock_module.key_of(run)
+        assert lock_module.lost(run, key) == ""
+        run.rename(tmp_path / "moved")
+        assert "was renamed or removed" in lock_module.lost(run, key)
+        run.mkdir()
+        assert "is another directory" in lock_module.lost(run, key)
+        shutil.rmtree(tmp_path / "moved")
+        for _ in range(20):  # though it has gone, its inode is nobody else's
+            run.rmdir()
+            run.mkdir()
+            assert "is another directory" in lock_module.lost(run, key)

@@ -1,5 +1,6 @@
 """What has changed since a run was saved is named; and which checkpoints of a run there are."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -414,7 +415,9 @@ def test_the_best_are_kept(tmp_path, every, mode, keep, values, best):
     """What is ranked, named and saved is one and the same step, whether or not a cadence is due there too."""
     checkpoint = ax.Checkpoint(every=every, keep_last=1, best="val/loss", mode=mode, keep_best=keep)
     loop, fit = script(tmp_path, callbacks=[Reading(values), checkpoint], validate="2 steps")
-    loop.fit(**fit)
+    never = pytest.warns(ax.AxonWarning, match="'val/loss' was NaN whenever it was read, so no checkpoint was kept")
+    with contextlib.nullcontext() if best else never:
+        loop.fit(**fit)
     assert steps(tmp_path) == sorted({*best, 10})
     for entry in runs.entries(tmp_path):
         tree = runs.files.read(entry.path)
@@ -516,6 +519,88 @@ def test_who_goes_back_goes_on_from_there(tmp_path):
         warnings.simplefilter("ignore")  # of the seed: the run keeps its own
         other.fit(**{**fit, "steps": 4}, resume=True)
     assert all(torch.equal(expected[name], value) for name, value in other.objective.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"best": 5}, "best=5: the name of a reading"),
+        ({"best": ""}, "best='': the name of a reading"),
+        ({"best": ["val/loss"]}, "the name of a reading"),
+        ({"best": "val/los"}, "^best='val/los': say mode='min' or mode='max'"),
+        ({"mode": "min"}, "mode='min' is of the best: say by which reading"),
+        ({"keep_best": 3}, "keep_best=3 is of the best: say by which reading"),
+        ({"best": "val/loss", "keep_best": 0}, "keep_best=0: a whole number"),
+        ({"best": "val/loss", "mode": "least"}, "unknown mode 'least'"),
+        ({"asynchronous": "yes"}, "asynchronous='yes': None, True or False"),
+        ({"asynchronous": 1}, "asynchronous=1: None, True or False"),
+        ({"asynchronous": 0}, "asynchronous=0: None, True or False"),
+        ({"every": "150%"}, "every='150%' is never due"),
+        ({"permanent": "101%"}, "permanent='101%' is never due"),
+        ({"every": 3, "on_failure": "ignore"}, "unknown on_failure 'ignore'"),
+    ],
+)
+def test_arguments_that_say_nothing_are_refused(how, words):
+    with pytest.raises(ax.ConfigurationError, match=words):
+        ax.Checkpoint(**how)
+
+
+def test_arguments_at_their_bounds_are_taken():
+    ax.Checkpoint("100%", permanent="100%", asynchronous=False)
+    assert ax.Checkpoint(best="val/loss").keep == runs.Keep(2, 1, "val/loss", "min")
+    assert ax.Checkpoint(best="val/los", mode="max", keep_best=2).keep == runs.Keep(2, 2, "val/los", "max")
+
+
+@pytest.mark.parametrize(
+    ("best", "near", "step"),
+    [
+        ("val/acuracy", "'val/accuracy'", 3),
+        ("val/lss", "'val/loss'", 3),
+        ("train/accurcy", "'train/accuracy'", 5),
+        ("loss", "'val/loss'", 5),
+    ],
+)
+def test_a_best_that_is_not_among_the_readings_is_told_when_they_come(tmp_path, best, near, step):
+    loop, fit = script(tmp_path, callbacks=[ax.Checkpoint(best=best, mode="min")], validate="3 steps")
+    with pytest.raises(ax.UnknownNameError, match=f"unknown reading ranked by Checkpoint.*'{best}': did you mean .*{near}"):
+        loop.fit(**fit)
+    assert loop.state.step == step
+
+
+def test_a_best_that_a_callback_records_is_known(tmp_path):
+    checkpoint = ax.Checkpoint(best="mine", mode="min", keep_last=1)
+    loop, fit = script(tmp_path, callbacks=[Reading([2.0, 1.0, 3.0, 4.0, 5.0], "mine"), checkpoint], validate="2 steps")
+    loop.fit(**fit)
+    assert steps(tmp_path) == [4, 10]
+
+
+def test_a_reading_of_a_part_of_an_epoch_ranks_no_checkpoint(tmp_path):
+    """A fit that ended within an epoch has read what an epoch reads; the uninterrupted one never does."""
+    kept = {}
+    for stop in (None, 1, 3, 7, 8):
+        where = tmp_path / f"{stop}"
+        for one in (stop, None):
+            loop, fit = script(where, callbacks=[ax.Checkpoint(best="train/loss", keep_last=1)], epochs=3, stop=one)
+            loop.fit(**fit, resume=True)
+            if one is not None:
+                (last,) = [entry for entry in runs.entries(where) if entry.step == one]
+                assert last.path.name == f"step-{one:09d}"
+                assert math.isnan(last.reading("train/loss"))
+                assert "train/loss" in loop.state.history.rows[-1]
+        kept[stop] = names(where)
+    assert kept == dict.fromkeys(kept, kept[None])
+
+
+def test_of_a_row_that_a_fits_end_has_added_to_what_was_there_ranks(tmp_path):
+    loop, fit = script(tmp_path, callbacks=[ax.Checkpoint(best="mine", mode="max", keep_last=1)])
+    loop.on("after_batch")(lambda state: state.record({"mine": float(state.step)}))
+    loop.fit(**{**fit, "validation": None, "epochs": None, "steps": 4})
+    assert loop.state.history.partial is not None
+    assert "train/loss" in loop.state.history.rows[-1]
+    (entry,) = runs.entries(tmp_path)
+    assert entry.path.name == "step-000000004-mine-4"
+    assert entry.about["readings"] == {"mine": 4.0}
+    assert entry.about["best"] == {"monitor": "mine", "mode": "max"}
 
 
 def test_two_checkpoints_are_refused(tmp_path):

@@ -422,3 +422,16 @@ def test_a_run_goes_on_with_another_rate_where_that_is_said(tmp_path, schedule):
     assert rates[0][0] == pytest.approx(10 * rates[0][1])
     with pytest.raises(ax.UnknownNameError, match="weight_dekay"):
         loop.state.optimizers["main"].set(weight_dekay=1)
+
+
+def test_the_best_checkpoint_can_be_found_and_its_weights_be_taken(tmp_path):
+    saving = ax.Checkpoint(best="val/loss", keep_last=1)
+    assert saving.best_path is None
+    loop = loop_of(tmp_path, [saving], optimizer=ax.Optimizer("sgd", lr=0.05))
+    loop.fit(DATA, DATA, epochs=6, batch_size=8)
+    best = loop.state.history.best("val/loss")
+    assert saving.best_path.name.startswith(f"step-{best['step']:09d}-val_loss-")
+    model = Noisy()
+    ax.load_weights(model, saving.best_path)
+    again = loop_of(objective=model)
+    assert again.evaluate(DATA, batch_size=8)["loss"] == best["val/loss"]
