@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from axontrain.errors import MissingExtraError, require
+from axontrain.shown import plain
 
 Rows = Sequence[Mapping[str, Any]]
 COUNTERS = ("epoch", "step")
@@ -48,7 +49,8 @@ def text_table(rows: Rows) -> str:
         1    10         0.5
     """
     names, shown = columns(rows), _shown(rows)
-    cells = [names, *([number(row.get(name)) if row else "..." for name in names] for row in shown)]
+    body = [[number(row.get(name)) if row else "..." for name in names] for row in shown]
+    cells = [[plain(name, None) for name in names], *body]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
 

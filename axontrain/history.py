@@ -21,6 +21,7 @@ from axontrain import display
 from axontrain.errors import AxonWarning, ConfigurationError, unknown
 
 PACKED = 4096  # rows of a history
+MOST_EARLY = 10_000_000  # values of its earlier rows: each takes many times its bytes once it is in a row again
 _UNFOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor is a pipe waited for
 
 
@@ -156,8 +157,22 @@ class History:
         """
         count = max(0, len(self.rows) - 1) // PACKED * PACKED  # the last row may change yet
         if self._early[0] is not self.rows or self._early[1] != count:
-            self._early = (self.rows, count, _columns(self.rows[:count]) if count else None)
+            self._early = (self.rows, count, _columns(self._kept(count)) if count else None)
         return {"history": self.rows[count:], "early": self._early[2], "partial": self.partial}
+
+    def _kept(self, count: int) -> list[dict[str, Any]]:
+        """Of so many rows the latest that are read back; of a history that long the file has the rest."""
+        values, first = 0, count
+        while first and (values := values + len(self.rows[first - 1])) <= MOST_EARLY:
+            first -= 1
+        if first:
+            warnings.warn(
+                f"the history has more than {MOST_EARLY:,} readings: a checkpoint keeps the latest of them, and its first "
+                f"{first:,} rows are in history.jsonl alone. Record less often, as by every=100",
+                AxonWarning,
+                stacklevel=2,
+            )
+        return self.rows[first:count]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the rows that ``state_dict`` gave."""

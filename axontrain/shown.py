@@ -28,7 +28,7 @@ def plain(text: object, most: int | None = LONGEST) -> str:
     short = whole if most is None or len(whole) <= most else f"{whole[:most]}..."
     if short.isprintable():
         return short
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in short)
 
 
 def quoted(value: object, most: int = NAME) -> str:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from axontrain import display, randomness
 from axontrain.clock import Cadence, Every, Plan
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
 from axontrain.history import History
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names
 from axontrain.objective import Step
+from axontrain.shown import NAME, plain
 from axontrain.update import Update
 
 
@@ -25,7 +26,7 @@ class Stateful(Protocol):
     """What takes part in saving and restoring."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What going on needs: numbers, text, tensors, and lists and mappings of them."""
+        """What going on needs: numbers, text, None, tensors, and of them lists and mappings (which come back as list, dict)."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on from what ``state_dict`` gave."""
@@ -207,7 +208,7 @@ class LoopState:
         except Exception as error:
             self._load_rest(before)
             raise CheckpointError(
-                f"the saved state could not be taken, and all is as it was: {type(error).__name__}: {_shown(str(error))}"
+                f"the saved state could not be taken, and all is as it was: {type(error).__name__}: {plain(error)}"
             ) from error
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -323,7 +324,10 @@ def _cloned(value: Any) -> Any:
         return {key: _cloned(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_cloned(item) for item in value]
-    return value
+    # As from a file, where nothing is left of a type of somebody's own.
+    if isinstance(value, str):
+        return str.__str__(value)
+    return float(value) if isinstance(value, float) else value
 
 
 def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> None:
@@ -332,14 +336,14 @@ def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> N
         raise CheckpointError(
             f"the saved state is not of this {name}: "
             + "; ".join(
-                f"{what} {', '.join(map(_shown, names[:6]))}{', ...' if len(names) > 6 else ''}"
+                f"{what} {', '.join(plain(name, NAME) for name in names[:6])}{', ...' if len(names) > 6 else ''}"
                 for what, names in (("it lacks", missing), ("this objective lacks", foreign))
                 if names
             )
         )
     for key, value in own.items():
         there = saved[key]
-        if isinstance(value, Tensor) and isinstance(there, Tensor) and _rank(there) > _rank(value):
+        if isinstance(value, Tensor) and isinstance(there, Tensor) and loses(there, value):
             raise CheckpointError(
                 f"the saved state is not of this {name}: {key} is {kind_of(there)} there, {kind_of(value)} here"
             )
@@ -351,13 +355,3 @@ def _check_fit(own: Mapping[str, Any], saved: Mapping[str, Any], name: str) -> N
 
 def _shape(value: Any) -> str:
     return str(tuple(value.shape)) if isinstance(value, Tensor) else kind_of(value)
-
-
-def _shown(name: str) -> str:
-    """A name out of a stranger's file: short, and without what a terminal would act on."""
-    return name if name.isprintable() and len(name) <= 120 else repr(name[:120])
-
-
-def _rank(value: Tensor) -> int:
-    """What cannot be converted to a lower one without losing more than digits."""
-    return 2 if value.is_complex() else 1 if value.is_floating_point() else 0

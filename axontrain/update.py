@@ -26,6 +26,7 @@ from axontrain.errors import (
 )
 from axontrain.guard import Guard, on_one_device
 from axontrain.optimizer import Optimizer, build, parts
+from axontrain.shown import NAME, plain
 
 # Flags wait on the device until a reading; a loop that never reads reads here.
 MOST_PENDING = 1024
@@ -236,7 +237,7 @@ class Update:
             its = [group["parameters"] for group in part["groups"]]
             if mine != its:
                 a, b = ({name for group in groups for name in group} for groups in (mine, its))
-                names = ", ".join(name if name.isprintable() else repr(name) for name in sorted(a ^ b)[:8])
+                names = ", ".join(plain(name, NAME) for name in sorted(a ^ b)[:8])
                 how = f"other parameters than the saved one: they differ in {names}" if names else "other groups of parameters"
                 raise CheckpointError(f"{of} is of {how}")
             for group, saved_group in zip(optimizer.param_groups, part["groups"], strict=True):

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -18,7 +19,12 @@ def test_every_python_block_runs_one_after_the_other(monkeypatch, tmp_path):
     for block in blocks("python"):
         exec(compile(block, str(README), "exec"), namespace)
     assert namespace["result"].values["val/accuracy"] > 0.9
-    assert namespace["again"].state.epoch == namespace["loop"].state.epoch + 1
+    loop, again, model = (namespace[name] for name in ("loop", "again", "model"))
+    assert again.state.epoch == loop.state.epoch == 2
+    for name, value in loop.objective.state_dict().items():
+        assert torch.equal(value, again.objective.state_dict()[name])
+        assert torch.equal(value, model.state_dict()[name])
+    assert namespace["saving"].best_path.name.startswith("step-0000000")
 
 
 def test_the_example_is_no_longer_than_it_says():

@@ -486,3 +486,15 @@ def test_a_history_that_cannot_be_written_is_warned_of_once_and_written_later(tm
     history.add(4, 0, {"loss": 4.0})
     history.add(5, 0, {"loss": 5.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_of_a_history_beyond_what_is_read_back_the_latest_rows_are_saved(monkeypatch):
+    monkeypatch.setattr(history_module, "PACKED", 4)
+    monkeypatch.setattr(history_module, "MOST_EARLY", 30)  # ten rows of three
+    history, again = ax.History(), ax.History()
+    for step in range(20):
+        history.add(step, 0, {"loss": float(step)})
+    with pytest.warns(ax.AxonWarning, match=r"its first 6 rows are in history\.jsonl alone"):
+        saved = history.state_dict()
+    again.load_state_dict(saved)
+    assert [row["step"] for row in again.rows] == list(range(6, 20))

@@ -31,8 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from axontrain.checkpoint.encode import DTYPES, decode, encode, parsed, told_of
+from axontrain.checkpoint.encode import DTYPES, decode, encode, parsed
 from axontrain.errors import CheckpointError, kind_of
+from axontrain.shown import plain, quoted
 
 FORMAT = 1
 TENSORS, STATE, ABOUT, MANIFEST = "tensors.safetensors", "state.json", "about.json", "manifest.json"
@@ -125,7 +126,7 @@ def commit(target: Path, what: Encoded) -> Path:
     """
     _sweep(target, "tmp")
     if _left(target, "old") and is_whole(target):  # else one of them may be all that there is
-        _sync(target.parent)
+        sync(target.parent)
         _sweep(target, "old")
     new, aside = beside(target, "tmp"), beside(target, "old")
     try:
@@ -143,7 +144,7 @@ def commit(target: Path, what: Encoded) -> Path:
             aside.rename(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     _sweep(target, "old")
     return target
 
@@ -216,10 +217,10 @@ def _fill(directory: Path, what: Encoded) -> None:
     (directory / ABOUT).write_text(what.about, encoding="utf-8")
     files = {name: _described(directory / name) for name in (TENSORS, STATE, ABOUT)}
     for name in files:
-        _sync(directory / name)
+        sync(directory / name)
     (directory / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    _sync(directory / MANIFEST)
-    _sync(directory)
+    sync(directory / MANIFEST)
+    sync(directory)
 
 
 def _read(source: Path) -> Any:
@@ -227,11 +228,11 @@ def _read(source: Path) -> Any:
     try:
         tensors = load_file(source / TENSORS)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
-        raise CheckpointError(f"{source / TENSORS} cannot be read: {told_of(error)}") from error
+        raise CheckpointError(f"{source / TENSORS} cannot be read: {plain(error)}") from error
     for name, tensor in tensors.items():
         # Torch counts what is true to know where to write, and would count such a byte as more than one.
         if tensor.dtype is torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-            raise CheckpointError(f"{source / TENSORS} cannot be read: {told_of(name)} holds what is neither true nor false")
+            raise CheckpointError(f"{source / TENSORS} cannot be read: {quoted(name)} holds what is neither true nor false")
     return _json(_file(source, STATE), tensors)
 
 
@@ -241,7 +242,7 @@ def _listed(source: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{source} is damaged: {MANIFEST} does not list its files")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{source} has the format {told_of(manifest.get('format'))}; this axontrain reads {FORMAT}")
+        raise CheckpointError(f"{source} has the format {quoted(manifest.get('format'))}; this axontrain reads {FORMAT}")
     listed: dict[str, Any] = manifest["files"]
     if not {TENSORS, STATE} <= set(listed) <= {TENSORS, STATE, ABOUT}:  # nor is a manifest to lead out of its directory
         raise CheckpointError(f"{source} is damaged: {MANIFEST} lists {kind_of(sorted(listed))}, which are other files")
@@ -267,10 +268,10 @@ def _check_header(file: Path) -> None:
     try:
         tensors = parsed(header.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{damaged} is no JSON that axontrain wrote: {told_of(error)}") from error
+        raise CheckpointError(f"{damaged} is no JSON that axontrain wrote: {plain(error)}") from error
     for name, described in tensors.items() if isinstance(tensors, dict) else [("it", tensors)]:
         if not _is_described(described):
-            raise CheckpointError(f"{damaged} describes {told_of(name)} as no tensor that axontrain wrote")
+            raise CheckpointError(f"{damaged} describes {quoted(name)} as no tensor that axontrain wrote")
 
 
 def _is_described(tensor: Any) -> bool:
@@ -300,7 +301,8 @@ def _file(source: Path, name: str) -> Path:
     """A file of a checkpoint, which is no link, no pipe, and of a size that can be read."""
     file = source / name
     found = None
-    with suppress(FileNotFoundError, NotADirectoryError):  # any other error is of the disk's, and says nothing of the file
+    # A ValueError is of a path with a NUL; any error of another kind is of the disk's, and says nothing of the file.
+    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
         found = file.lstat()
     if found is None or not stat.S_ISREG(found.st_mode):
         how = "no checkpoint: it has no" if name == MANIFEST else "incomplete: it has no"
@@ -348,7 +350,8 @@ def _described(file: Path) -> dict[str, Any]:
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

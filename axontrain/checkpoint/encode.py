@@ -97,11 +97,6 @@ def parsed(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
 
 
-def told_of(value: Any) -> str:
-    """An error, or something else out of a stranger's file, as it may be shown."""
-    return plain(value) if isinstance(value, Exception) else quoted(value)
-
-
 def _encoded(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     if len(path) > DEPTH:
         raise CheckpointError(f"{_place(path[:6])} goes on for more than {DEPTH} levels, or holds itself: it cannot be saved")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from axontrain.checkpoint.directory import sync
 from axontrain.checkpoint.encode import TENSOR, encode
 from axontrain.checkpoint.weights import PICKLED, is_pickle
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of
@@ -247,21 +248,13 @@ def _write(target: Path, tensors: dict[str, Tensor]) -> None:
             save_file(tensors, beside, metadata={"format": "pt"})
         except SafetensorError as error:  # its own words for what the disk said
             raise OSError(f"{target} could not be written: {error}") from error
-        _sync(beside)
+        sync(beside)
         _check_free(target)  # it took a while
         beside.rename(target)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _listing(value: Any) -> str:

@@ -10,6 +10,7 @@ from axontrain.checkpoint import directory as files
 from axontrain.checkpoint.runs import LEFT, NAME, Entry, Keep, as_number, entries
 from axontrain.display import number
 from axontrain.errors import CheckpointError
+from axontrain.shown import plain
 
 HEADER = ("checkpoint", "epoch", "size", "written", "readings", "verdict")
 
@@ -36,17 +37,10 @@ def listed(directory: Path) -> tuple[str, bool]:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     left = sorted(path.name for path in directory.iterdir() if LEFT.fullmatch(path.name))
     if left:
-        lines.append(f"left by saves that were killed, removed when the run goes on: {', '.join(map(plain, left))}")
+        lines.append(
+            f"left by saves that were killed, removed when the run goes on: {', '.join(plain(name, None) for name in left)}"
+        )
     return "\n".join(lines), not any(problems)
-
-
-def plain(text: str) -> str:
-    r"""Text that comes from files or users, with nothing in it that a terminal would obey.
-
-    >>> plain("val/loss"), plain("\x1b[2Jloss\n")
-    ('val/loss', '\\x1b[2Jloss\\n')
-    """
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _lone(path: Path) -> Entry:
@@ -89,8 +83,8 @@ def _row(entry: Entry, problem: str, marks: list[str]) -> tuple[str, ...]:
         str(epoch) if type(epoch) is int and abs(epoch) < 2**63 else "",
         _size(entry.path),
         _time(as_number(written)),
-        plain(", ".join(f"{name} {number(value)}" for name, value in told if _is_shown(value))),
-        f"BAD: {plain(problem)}" if problem else ", ".join(["good", *(["permanent"] if entry.permanent else []), *marks]),
+        plain(", ".join(f"{name} {number(value)}" for name, value in told if _is_shown(value)), None),
+        f"BAD: {plain(problem, None)}" if problem else ", ".join(["good", *(["permanent"] if entry.permanent else []), *marks]),
     )
 
 

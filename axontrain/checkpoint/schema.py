@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import CheckpointError, kind_of
+from axontrain.history import MOST_EARLY
 from axontrain.shown import LONGEST, quoted
 
 REQUIRED = ("objective", "optimizers", "counters", "values", "history", "rng", "meter", "attached")
@@ -23,7 +24,6 @@ OPTIONAL = ("early", "setup", "plan", "owed", "partial", "in_epoch", "halt")
 COUNTED = ("epoch", "step", "samples", "batch_index")
 MOST = 2**63  # of a counter
 MOST_OF_ONE = 2**31  # values of one sample's predictions or targets
-MOST_EARLY = 10_000_000  # values of a history's earlier rows, each of which takes many times its bytes once it is in a row
 # torch.optim's own that look at each parameter's steps while they are loaded, and those that have a fused kernel.
 STEPPED = {"Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "Rprop"}
 FUSED = {"Adam", "AdamW", "SGD", "Adagrad"}

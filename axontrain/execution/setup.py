@@ -15,6 +15,7 @@ from axontrain.clock import Every
 from axontrain.data.stream import Stream
 from axontrain.errors import AxonWarning, CheckpointError
 from axontrain.naming import clean_names
+from axontrain.shown import plain
 from axontrain.state import LoopState
 from axontrain.version import VERSION
 
@@ -112,7 +113,7 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
 def tell(source: object, changes: str) -> None:
     """Warn of what has changed since a run was saved."""
     if changes:
-        warn(f"resumed from {source}. Since then has changed: {changes}")
+        warn(f"resumed from {source}. Since then has changed: {plain(changes, None)}")
 
 
 def warn(message: str) -> None:

@@ -454,7 +454,7 @@ def misfits(good):
         "a schedule with an optimizer of its own": {"optimizers/main/schedulers/0/state/optimizer": None},
         "a metric of other states": {"meter/metrics": {"accuracy": {"states": {"__class__": torch.ones(1)}, "waiting": [],
                                                                     "updates": 1}}},
-        "a callback that lacks all": {"attached/callback~EarlyStopping": {}},
+        "a callback that lacks all": {"attached/callback~EarlyStopping(val~loss)": {}},
         "a part that is empty": {"attached/own": {}},
         "a part of another kind": {"attached/own": {"numbers": 3, "mask": "x"}},
     }  # fmt: skip
