@@ -180,8 +180,8 @@ def test_ctrl_c_at_the_fork_loses_neither_the_pipe_nor_the_process(tmp_path, mon
 
     def interrupted():
         process = fork()
-        if process:
-            os.kill(os.getpid(), signal.SIGINT)
+        if process:  # to this thread: another, which does not block it, would hand it on at once
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         return process
 
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -140,18 +140,21 @@ def _looks(told):
     return [(f"{name}, {look}", of, of[look]) for name, of in told.items() for look in ("about", "read", "restore")]
 
 
+@pytest.mark.slow  # the whole corpus takes a quarter of a minute
 def test_the_corpus_is_large_and_of_different_things(hostile):
     paths, _ = hostile
     assert len(paths) > 500
     assert {name.partition(":")[0] for name in paths} == {"file", "about", "state", "loop"}
 
 
+@pytest.mark.slow
 def test_each_is_refused_by_whom_it_should_be(hostile):
     _, told = hostile
     kinds = {"file": ("read", "restore"), "about": ("about",), "state": ("restore",), "loop": ("restore",)}
     _assert_none([(name, look) for name, of in told.items() for look in kinds[name.partition(":")[0]] if not of[look]["said"]])
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_a_checkpoint_error_that_can_be_shown(hostile):
     """In one line, short, without what a terminal acts on; of a file it names which."""
     _, told = hostile
@@ -166,6 +169,7 @@ def test_what_is_refused_is_a_checkpoint_error_that_can_be_shown(hostile):
     _assert_none(rows)
 
 
+@pytest.mark.slow
 def test_nothing_runs_is_imported_or_written(hostile):
     _, told = hostile
     _assert_none(
@@ -173,6 +177,7 @@ def test_nothing_runs_is_imported_or_written(hostile):
     )
 
 
+@pytest.mark.slow
 def test_each_takes_little_time_and_memory(hostile):
     _, told = hostile
     _assert_none([(name, f"{look['seconds']:.1f} s") for name, _, look in _looks(told) if look["seconds"] > SECONDS])
@@ -181,11 +186,13 @@ def test_each_takes_little_time_and_memory(hostile):
     ]
 
 
+@pytest.mark.slow
 def test_the_loop_is_bit_for_bit_as_it_was(hostile):
     _, told = hostile
     _assert_none([(name, "changed") for name, of in told.items() if of["changed"] and of["restore"]["said"]])
 
 
+@pytest.mark.slow
 def test_the_schema_refuses_each_state_by_itself(hostile):
     paths, _ = hostile
     rows = []
