@@ -762,6 +762,7 @@ assert not os.path.exists(saved)
 
 
 @forks
+@pytest.mark.slow
 def test_the_end_of_a_program_that_abandons_its_steps_waits_for_the_writer(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ABANDONED, str(tmp_path / "run")], capture_output=True, text=True, check=False

@@ -9,7 +9,7 @@ from benchmarks import kills
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts orphans as Linux lets it")
 
 
-@pytest.mark.parametrize("number", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(number):
     counts = kills.run(number, seed=number)
     assert counts.bad == 0, counts

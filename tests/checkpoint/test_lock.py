@@ -360,6 +360,7 @@ def test_a_directory_that_fails_while_it_is_locked_is_told_and_nothing_is_left(r
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+@pytest.mark.slow
 def test_the_end_of_a_program_that_never_began_its_steps_is_silent(run):
     script = f"""
 import sys, torch, axontrain as ax

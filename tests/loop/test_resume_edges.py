@@ -210,7 +210,14 @@ print("went on")
 """
 
 
-@pytest.mark.parametrize(("how", "code"), [("after_fit", 143), ("break", -signal.SIGTERM), ("steps", 143)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        pytest.param("after_fit", 143, marks=pytest.mark.slow),
+        ("break", -signal.SIGTERM),
+        pytest.param("steps", 143, marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_ends_the_program_wherever_it_comes(tmp_path, how, code):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
