@@ -5,6 +5,7 @@ A hook that no callback overrides costs nothing: the loop holds None in its plac
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -124,31 +125,31 @@ class Callback:
         """When an error ends the fit: ``state.error``. It is raised on afterwards."""
 
 
-class Saver(Callback):
+class Saver(Callback, abc.ABC):
     """A callback that acts last of all: after a step's validation, its readings, and every other callback.
 
     So what it saves is one and the same step. The engine asks beforehand when to look up for it.
     """
 
+    @abc.abstractmethod
     def next_step(self, state: LoopState) -> float:
         """No step before this one needs it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def seconds_left(self, state: LoopState) -> float:
         """How long it can wait, whatever the step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def at_step_end(self, state: LoopState) -> None:
         """After a step, when the engine looks up; whether anything is due is the callback's to know."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def at_fit_end(self, state: LoopState) -> None:
         """At the end of a fit that no error has ended."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self, state: LoopState) -> None:
         """At the very end, whatever ended it."""
-        raise NotImplementedError
 
 
 class FunctionCallback(Callback):

@@ -126,11 +126,6 @@ class LoopState:
         if name in self._waiting:
             part.load_state_dict(self._waiting.pop(name))
 
-    @property
-    def waiting(self) -> list[str]:
-        """The names of what was restored and has not been attached yet."""
-        return list(self._waiting)
-
     def cadence(self, name: str, every: Every) -> Cadence:
         """The cadence of that name: made at first, afterwards the one that remembers."""
         cadence = self._cadences.get(name)

@@ -134,7 +134,7 @@ def _do(work: Callable[[], object], tell: int, parent: int) -> None:
     """The whole life of the other process. Nothing of the parent's is to be finished, flushed or collected in it."""
     try:
         gc.disable()
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # AVAILABLE has looked
         if os.getppid() != parent:  # which died before that was said
             os._exit(1)
         os.nice(NICE)

@@ -369,17 +369,19 @@ def _mapping(value: Any, place: str) -> Mapping[str, Any]:
 
 
 def _texts(value: Any, place: str) -> Mapping[str, Any]:
-    for key in _mapping(value, place):
+    found = _mapping(value, place)
+    for key in found:
         if not isinstance(key, str):
             raise _wrong(key, f"{place}'s key", "text")
-    return value  # type: ignore[no-any-return]
+    return found
 
 
 def _only(value: Any, place: str, *known: str) -> Mapping[str, Any]:
-    for key in _texts(value, place):
+    found = _texts(value, place)
+    for key in found:
         if key not in known:
             raise CheckpointError(f"{_said(place)} has {quoted(key)}, which this axontrain does not know")
-    return value  # type: ignore[no-any-return]
+    return found
 
 
 def _list(value: Any, place: str) -> list[Any] | tuple[Any, ...]:

@@ -238,7 +238,7 @@ def _tied(unexpected: list[str], found: Mapping[str, Any], wanted: Mapping[str, 
     pairs = []
     for name in unexpected[:LISTED]:
         twins = (twin for twin in there.get(name.rpartition(".")[2], ()) if _same(found[name], found[twin]))
-        pairs.append(max(twins, key=lambda twin, name=name: _alike(name, twin), default=""))  # type: ignore[misc]
+        pairs.append(max(twins, key=lambda twin, name=name: _alike(name, twin), default=""))  # type: ignore[misc]  # mypy has no type for a default in a lambda
     if "" in pairs:
         return ""
     names = _listed(map(quoted, [*pairs, *unexpected[LISTED:]]))  # so many, of which the first are told

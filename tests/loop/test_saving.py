@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from resume_runs import flat
 from torch import nn
 
 import axontrain as ax
@@ -71,15 +72,6 @@ def make(optimizer="adam", seed=0, start=0, objective=Noisy):
     torch.manual_seed(start)
     callbacks = [Counter(every=3), ax.EarlyStopping("val/loss", patience=50), ax.ReduceLROnPlateau("val/loss", patience=1)]
     return ax.Loop(objective(), OPTIMIZERS[optimizer](), callbacks=callbacks, seed=seed, progress=False)
-
-
-def flat(tree, path=""):
-    """Every leaf of a state by its path."""
-    if isinstance(tree, dict):
-        return {key: leaf for name, part in tree.items() for key, leaf in flat(part, f"{path}/{name}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {key: leaf for i, part in enumerate(tree) for key, leaf in flat(part, f"{path}/{i}").items()}
-    return {path: tree}
 
 
 def assert_same(a, b):
