@@ -49,11 +49,6 @@ class Encoded(NamedTuple):
     tensors: dict[str, Tensor]
     about: str
 
-    @property
-    def bytes(self) -> int:
-        """Its size on disk, but for a few."""
-        return len(self.text) + len(self.about) + sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 def encoded(
     tree: Any,
