@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from axontrain import display, randomness
 from axontrain.clock import Cadence, Every, Plan
+from axontrain.data.structure import to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
 from axontrain.history import History
 from axontrain.metrics.meter import Meter
@@ -225,7 +227,8 @@ class LoopState:
         self.halt, self.half_done = state.get("halt"), False
         self.owed, self.in_epoch, self.setup = state.get("owed", []), state.get("in_epoch", False), state.get("setup", {})
         self.rng = state["rng"]
-        self.meter.load_state_dict(state["meter"])
+        # A file's tensors are on the CPU, and those of the steps to come will not be.
+        self.meter.load_state_dict(to_device(state["meter"], _device_of(self.objective)))
         self._waiting = dict(state["attached"])
         for name, part in self.attached.items():
             if name in self._waiting:
@@ -306,6 +309,10 @@ class Result:
 
     def _caption(self) -> str:
         return f"{self.status} ({self.reason}) at epoch {self.epoch}, step {self.step}"
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def _without_weights(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def test_it_learns_with_data_on_either_device(where):
     assert loop.predict(test).device.type == "cpu"
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # it says that it is a prototype
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop", "muon"])
 def test_no_step_waits_for_the_device(optimizer):
     class Bare(Digits):

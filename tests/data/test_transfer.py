@@ -20,6 +20,7 @@ def batches(count, size=4_000_000):
         yield torch.full((size,), float(number)), {"number": number}
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 def test_copies_overlap_with_computation():
     device = torch.device("cuda", torch.cuda.current_device())
     list(ahead(batches(3), device))  # contexts, pinned memory

@@ -212,7 +212,7 @@ def test_counters_with_two_handlers_count_once():
         ({"every": "2 epochs"}, 40, 2),
         ({"every": "10%"}, 50, 10),
         ({"every": "20 samples"}, 30, 3),
-        ({"every": lambda state: state.step % 7 == 0}, 50, 7),
+        pytest.param({"every": lambda state: state.step % 7 == 0}, 50, 7, id="predicate"),
         ({"first": 1}, 30, 1),
         ({"after": "1 epoch"}, 30, 21),
     ],

@@ -103,7 +103,7 @@ def test_a_second_fit_has_its_time_anew():
         ("24 samples", [6, 12, 18]),
         (ax.Every(5, first=2), [5, 10]),
         (ax.Every(5, after="1 epoch"), [10, 15, 20]),
-        (ax.Every(lambda state: state.step in (3, 17)), [3, 17]),
+        pytest.param(ax.Every(lambda state: state.step in (3, 17)), [3, 17], id="predicate"),
     ],
     ids=repr,
 )

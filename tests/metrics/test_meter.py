@@ -328,7 +328,9 @@ def looks(num_classes=None):
 
 
 @pytest.mark.parametrize(
-    "metrics", [["confusion_matrix"], {"own": torchmetrics.classification.MulticlassConfusionMatrix}, {"looks": looks}], ids=str
+    "metrics",
+    [["confusion_matrix"], {"own": torchmetrics.classification.MulticlassConfusionMatrix}, {"looks": looks}],
+    ids=["by name", "a class", "a function"],
 )
 def test_a_forged_example_takes_no_memory(metrics):
     state = fed(metrics, steps([4] * 3)).state_dict()
