@@ -290,6 +290,33 @@ class Plan:
         return asdict(self)
 
     @classmethod
+    def parse(cls, epochs: Any, steps: Any, time: Any) -> Plan:
+        """The plan of these limits, as ``fit`` takes them.
+
+        Raises:
+            ConfigurationError: if one is no limit, or there is none.
+        """
+        epochs = None if epochs is None else whole("epochs", epochs, 0)
+        steps = None if steps is None else whole("steps", steps, 0)
+        seconds = None
+        if time is not None:
+            number = isinstance(time, (int, float)) and not isinstance(time, bool)
+            duration = Duration.parse(f"{time!r} s" if number else time, "time")
+            if duration.unit != "seconds":
+                raise ConfigurationError(f"time={time!r}: a time, as '10 min', or a number of seconds")
+            seconds = float(duration.amount)
+        if epochs is None and steps is None and seconds is None:
+            raise ConfigurationError(
+                "fit would never end: give it a limit, epochs=, steps= or time= (the first reached ends it)"
+            )
+        return cls(epochs, steps, seconds)
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether a limit is reached before the first step."""
+        return 0 in (self.epochs, self.steps, self.seconds)
+
+    @classmethod
     def of(cls, state: Mapping[str, Any]) -> Plan:
         """The plan that ``state_dict`` told of."""
         return cls(**{field.name: state[field.name] for field in fields(cls)})

@@ -32,6 +32,8 @@ import difflib
 import importlib
 import inspect
 import operator
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from types import ModuleType
@@ -119,6 +121,14 @@ class AxonWarning(UserWarning):
 
 class NonFiniteWarning(AxonWarning):
     """Updates were skipped because the loss or the gradients were not finite."""
+
+
+def warn(message: str, category: type[AxonWarning] = AxonWarning) -> None:
+    """Warn at the line of whoever called axontrain, however many of its frames lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "axontrain":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def unknown(kind: str, name: object, known: Iterable[str], hint: str = "") -> UnknownNameError:

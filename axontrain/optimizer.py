@@ -109,6 +109,17 @@ class Part:
     groups: list[tuple[dict[str, nn.Parameter], dict[str, Any]]]
 
 
+def named(optimizer: Any) -> dict[str, Optimizer]:
+    """The optimizers of a Loop by name; a lone one is "main"."""
+    by_name = {} if optimizer is None else dict(optimizer) if isinstance(optimizer, Mapping) else {MAIN: optimizer}
+    for name, one in by_name.items():
+        if not isinstance(one, Optimizer):
+            raise ConfigurationError(
+                f"the optimizer {name!r} is {kind_of(one)}; it is an ax.Optimizer, as ax.Optimizer('adamw', lr=1e-3)"
+            )
+    return by_name
+
+
 def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, dict[str, nn.Parameter]]:
     """Give each optimizer its parameters, by name.
 

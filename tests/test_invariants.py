@@ -143,5 +143,5 @@ def test_hooks_that_nobody_overrides_cost_nothing():
 def test_the_algorithm_is_short_enough_to_read():
     source = Path(sys.modules["axontrain.loop"].__file__).read_text()
     start = source.index("    def _algorithm(")
-    end = source.index("    def _look_up(")
+    end = source.index("    def evaluate(", start)
     assert source[start:end].count("\n") <= 50

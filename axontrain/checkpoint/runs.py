@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 from axontrain.checkpoint import background
 from axontrain.checkpoint import directory as files
 from axontrain.display import COUNTERS
-from axontrain.errors import AxonWarning, CheckpointError
+from axontrain.errors import CheckpointError, warn
 from axontrain.state import LoopState
 
 # What a killed save has left of a checkpoint whose name tells a reading is no such name.
@@ -203,13 +202,21 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
             bad.append(_not_looked_at(entry.path, error))
             continue
         if bad:
-            warnings.warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}", AxonWarning, stacklevel=2)
+            warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}")
         return entry.path, tree
     if bad:
         raise CheckpointError(
             f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another directory"
         )
     return None
+
+
+def read(path: Path) -> Any:
+    """The tree of a checkpoint's directory, or of the newest good one of a run directory."""
+    if path.is_dir() and entries(path):
+        found = newest(path)
+        return None if found is None else found[1]
+    return files.read(path)
 
 
 def commit(directory: Path, name: str, what: files.Encoded, keep: Keep, verified: Collection[str] = ()) -> list[str]:

@@ -21,7 +21,7 @@ from axontrain.execution.notes import note
 from axontrain.execution.signals import SIGTERM, TERMINATED, interruptible
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
-from axontrain.objective import Step, task_of
+from axontrain.objective import Objective, Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
@@ -40,6 +40,7 @@ class Run:
     plan: Plan
     train: Stream
     validation: Stream | None
+    judge: Objective  # of validation
     meter: Meter  # of validation
     validate: Cadence
     hooks: Hooks

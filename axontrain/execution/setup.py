@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +11,7 @@ import torch
 from axontrain.callback import Callback, stateful
 from axontrain.clock import Every
 from axontrain.data.stream import Stream
-from axontrain.errors import AxonWarning, CheckpointError
+from axontrain.errors import CheckpointError, warn
 from axontrain.naming import clean_names
 from axontrain.shown import plain
 from axontrain.state import LoopState
@@ -114,14 +112,6 @@ def tell(source: object, changes: str) -> None:
     """Warn of what has changed since a run was saved."""
     if changes:
         warn(f"resumed from {source}. Since then has changed: {plain(changes, None)}")
-
-
-def warn(message: str) -> None:
-    """Warn at the line of whoever called axontrain."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "axontrain":
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, AxonWarning, stacklevel=level)
 
 
 def _batches_changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

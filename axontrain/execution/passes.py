@@ -1,0 +1,70 @@
+"""Passes over data that train nothing: evaluation and prediction."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+
+from axontrain import randomness
+from axontrain.data.stream import Stream
+from axontrain.execution import modes
+from axontrain.execution.notes import noted, reading
+from axontrain.execution.steps import check_eval
+from axontrain.metrics.meter import Meter
+from axontrain.objective import Objective, batch_size, task_of
+
+END = object()
+
+
+@contextlib.contextmanager
+def evaluating(objective: Objective, seed: int) -> Iterator[None]:
+    """Eval mode, no gradients, and random numbers that follow from the run's seed, for the block."""
+    with modes.evaluation(objective), randomness.seeded(randomness.derive(seed, "evaluate")), torch.no_grad():
+        yield
+
+
+def evaluate(
+    objective: Objective, stream: Stream, meter: Meter, seed: int, interrupted: Callable[[], bool] | None = None
+) -> dict[str, Any]:
+    """Evaluate over all of a stream: the readings, means by items; none where it was interrupted."""
+    meter.reset()
+    meter.tasks = stream.tasks
+    with evaluating(objective, seed):
+        for index, batch in enumerate(reading(stream.batches(seed, 0), "in evaluation")):
+            with noted(f"in evaluation, batch {index}", batch, objective):
+                step = objective.eval_step(batch)
+            if index == 0:
+                check_eval(step, objective)
+            step.loss = step.loss.detach()
+            meter.record(step, task_of(batch))
+            if interrupted is not None and interrupted():
+                return {}
+    if not len(meter):
+        raise stream.empty()
+    return meter.read(last=True)
+
+
+def predicting(objective: Objective, stream: Stream, seed: int) -> Iterator[tuple[Any, int]]:
+    """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
+    rng = None
+    batches: Generator[Any, None, None] | None = None
+    with contextlib.closing(stream), contextlib.ExitStack() as stack:
+        while True:
+            with evaluating(objective, seed):
+                if rng is not None:
+                    randomness.restore(rng)
+                if batches is None:
+                    batches = reading(stream.batches(seed, 0), "in prediction")
+                    stack.callback(batches.close)
+                batch = next(batches, END)
+                if batch is END:
+                    break
+                with noted("in prediction", batch, objective):
+                    prediction = objective.predict(objective.split(batch)[0])
+                size, rng = batch_size(batch), randomness.capture()
+            yield prediction, size
+    if rng is None:
+        raise stream.empty()

@@ -1,0 +1,285 @@
+"""Start: how a fit begins: what it was given is checked, what there is to resume is found, and the Run is put together."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from axontrain import callback
+from axontrain.callback import Callback, FunctionCallback, Hooks, Saver
+from axontrain.callbacks.checkpoint import Checkpoint
+from axontrain.callbacks.progress import ProgressBar
+from axontrain.checkpoint import runs, schema
+from axontrain.checkpoint.lock import DirectoryLock
+from axontrain.clock import Every, Plan
+from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
+from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, warn
+from axontrain.execution import modes
+from axontrain.execution.run import DUE, Run
+from axontrain.execution.setup import compare, describe, same_batches, tell
+from axontrain.execution.steps import runner
+from axontrain.metrics.meter import Meter
+from axontrain.objective import Objective
+from axontrain.optimizer import check_covered
+from axontrain.state import LoopState, Stop, StopEpoch
+
+MEMORY = "memory"
+
+
+class Start:
+    """The beginnings of one Loop's fits, and where the last of them ended.
+
+    Args:
+        state: the Loop's.
+        judge: the objective that evaluates.
+        metrics, eval_metrics: of training and of evaluation, resolved.
+        seed: what the Loop was given; None if nothing.
+        device: where batches go.
+        strict: see :class:`axontrain.Loop`.
+    """
+
+    def __init__(
+        self,
+        state: LoopState,
+        judge: Objective,
+        metrics: Mapping[str, Any],
+        eval_metrics: Mapping[str, Any],
+        *,
+        seed: int | None,
+        device: torch.device,
+        strict: bool,
+    ) -> None:
+        self.state, self.judge = state, judge
+        self.metrics, self.eval_metrics = metrics, eval_metrics
+        self.seed, self.device, self.strict = seed, device, strict
+        self._at_home = False  # whether what lies in the directory is of this run
+        self._last_stream: Stream | None = None
+
+    def stream(self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None) -> Stream:
+        """Batches of a user's data, on the device."""
+        return Stream(data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device)
+
+    def run(
+        self,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        train: Any,
+        validation: Any,
+        epochs: int | None,
+        steps: int | None,
+        time: str | float | None,
+        batch_size: int,
+        validate: str | int | Every,
+        limit: int | None,
+        resume: bool,
+    ) -> Run:
+        """Check and put together all that a fit needs; what is wrong is found before anything is changed."""
+        check_ready(self.state)
+        if validate is None:
+            raise ConfigurationError("validate=None: to validate never, leave the validation data out")
+        if not isinstance(resume, bool):
+            raise ConfigurationError(f"resume={resume!r}: True or False; to go on from one checkpoint, loop.restore(path)")
+        every, plan = Every.parse(validate, "validate"), Plan.parse(epochs, steps, time)
+        if plan.trains_nothing:
+            warn("this fit trains nothing: a limit is 0")
+        stream = self.stream(train, "train", batch_size, shuffle=True, limit=limit)
+        validating = None if validation is None else self.stream(validation, "validation", batch_size, limit=limit)
+        streams = [one for one in (stream, validating) if one is not None]
+        check_batch_size(batch_size, *streams)
+        for one in streams:
+            if one.length == 0:
+                raise one.empty()
+        savers = [one for one in callbacks if isinstance(one, Saver)]
+        if len(savers) > 1:
+            raise ConfigurationError(
+                f"callbacks has {' and '.join(map(repr, savers))}, and each would prune what the other keeps: one does all, "
+                f"ax.Checkpoint(every=..., keep_last=..., best=..., permanent=...)"
+            )
+        if modes.asleep(self.state.objective):
+            warn(f"{modes.ASLEEP}, unless that is meant")
+        with contextlib.ExitStack() as held:
+            if self.state.directory is not None:
+                held.enter_context(DirectoryLock(self.state.directory))
+            run = self._begun(callbacks, progress, plan, every, stream, validating, resume)
+            run.lock = held.pop_all()  # the session gives it up
+        return run
+
+    def restore(self, callbacks: Sequence[Callback], tree: Mapping[str, Any], source: Any) -> None:
+        """Fill the state from a saved one, which was checked (see :func:`naming`)."""
+        self.attach(callbacks)
+        try:
+            self.state.load_state_dict(tree)
+        except CheckpointError as error:
+            if isinstance(source, Mapping):
+                raise
+            raise CheckpointError(
+                f"{source}: {error}. To begin anew, choose another directory=; for its weights alone, "
+                f"loop.restore({str(source)!r}, only='objective') or ax.load_weights"
+            ) from error
+        if self.state.directory is not None and not isinstance(source, Mapping):
+            self._at_home |= Path(source).resolve().is_relative_to(self.state.directory.resolve())
+
+    def _begun(
+        self,
+        callbacks: Sequence[Callback],
+        progress: bool,
+        plan: Plan,
+        every: Every,
+        stream: Stream,
+        validating: Stream | None,
+        resume: bool,
+    ) -> Run:
+        state = self.state
+        setup = describe(state, stream, validating, every, self.metrics, callbacks, self.device)
+        if state.directory is not None:
+            runs.sweep(state.directory)
+        found = self._found() if resume else ""
+        if state.directory is not None and (not resume or found == MEMORY):
+            self._check_directory(state.directory)
+        resumed = self._goes_back(found, setup, plan, callbacks)
+        self._at_home = True
+        same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
+        if resumed and not same and self._last_stream is not None:  # the same data, as far as can be seen, in another object
+            stream.load_state_dict(self._last_stream.state_dict())
+            same = True
+        ended = state.batch_index >= (stream.length or math.inf)
+        if resumed and same and ended and state.in_epoch and not state.owed:
+            state.owed = DUE  # left or saved between an epoch's last step and its end
+        if not same or (ended and state.owed != DUE):
+            state.batch_index, state.in_epoch = 0, False  # other batches than those that it had begun with: it begins anew
+        pending = self._pending(found, callbacks) if resumed else None
+        if resumed and state.old_plan is not None:
+            plan.goes_on_from(state.old_plan)
+            if plan.over(state) is None and not isinstance(pending, Stop):
+                state.history.take_back()
+        else:
+            plan.start_epoch, plan.start_step, plan.start_elapsed = state.epoch, state.step, state.elapsed
+            plan.start_index = state.batch_index
+            state.owed, state.history.partial = [], None
+        if state.batch_index == 0:
+            state.meter.reset()
+        as_long = same and (self._last_stream is None or self._last_stream.limit == stream.limit)
+        if stream.length is not None or not as_long:  # what has no length keeps the one that its last pass had
+            state.epoch_length = stream.length
+        state.plan, state.validates, state.meter.tasks = plan, validating is not None, stream.tasks
+        state.setup, state.resumed = setup, resumed
+        self._last_stream = stream
+        state.attach("data", stream, replace=True)
+        self.attach(callbacks)
+        state.history.rewrite()
+        cadence = state.cadence("validate", every)
+        cadence.start(state, resumed=resumed)
+        taking_part = [*callbacks, *([ProgressBar()] if progress else [])]
+        savers = tuple(one for one in taking_part if isinstance(one, Saver))
+        if state.directory is not None and not savers:
+            savers = (Checkpoint(),)
+            taking_part.extend(savers)
+        hooks = Hooks(taking_part, state, resumed=resumed)
+        train_step, meter = runner(state, hooks.after_backward), Meter(self.eval_metrics)
+        run = Run(state, plan, stream, validating, self.judge, meter, cadence, hooks, train_step, state.step, savers=savers)
+        run.pending, state.halt = pending, None
+        return run
+
+    def _found(self) -> str | tuple[Path, Any]:
+        """What there is to resume: the run in memory, or the newest checkpoint and its tree; "" if there is nothing."""
+        state = self.state
+        in_memory = state.step > 0 or state.old_plan is not None
+        if state.directory is not None and (state.half_done or not in_memory):
+            newest = runs.newest(state.directory)
+            if newest is not None:
+                return newest
+        return MEMORY if in_memory else ""
+
+    def _goes_back(
+        self, found: str | tuple[Path, Any], setup: Mapping[str, Any], plan: Plan, callbacks: Sequence[Callback]
+    ) -> bool:
+        """Whether this fit goes on inside an earlier plan; a checkpoint that was found is restored.
+
+        What has changed since is told in one warning, or is an error where it would make another run of it.
+        """
+        limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_")}
+        if isinstance(found, str):
+            if not found:
+                return False
+            tell(found, compare(self.state.outline(), setup, None, limits))
+            if self.state.half_done:
+                warn("the last fit failed within a step, of which a part may be done, and there is no checkpoint to go back to")
+            return True
+        path, tree = found
+        with naming(path):
+            schema.check(tree)
+            changes = compare(tree, setup, self.seed, limits)
+        self.restore(callbacks, tree, path)
+        tell(path, changes)
+        return True
+
+    def _pending(self, found: str | tuple[Path, Any], callbacks: Sequence[Callback]) -> Stop | StopEpoch | None:
+        """What a hook has asked for, and the run that is resumed has not done yet; or has done, and would do again.
+
+        A run that a callback has ended is over when its script is started again, if that callback is still there and made in
+        the same way (a function on a hook is not known again). In memory it was a person who said to go on.
+        """
+        halt = self.state.halt
+        if halt is None:
+            return None
+        self.state.stopper = (halt["callback"], halt["given"])
+        if halt["pending"]:
+            return StopEpoch(halt["reason"]) if halt["kind"] == StopEpoch.__name__ else Stop(halt["reason"])
+        stopper = callback.keys(callbacks).get(halt["callback"])
+        if found == MEMORY or stopper is None or stopper.restates or isinstance(stopper, FunctionCallback):
+            return None
+        return Stop(halt["reason"]) if stopper.given == halt["given"] else None
+
+    def _check_directory(self, directory: Path) -> None:
+        history = directory / "history.jsonl"
+        if not self._at_home and ((history.is_file() and history.stat().st_size) or runs.entries(directory)):
+            raise ConfigurationError(
+                f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by "
+                f"fit(..., resume=True)"
+            )
+
+    def attach(self, callbacks: Sequence[Callback]) -> None:
+        """Let the callbacks that have a state take part in saving and restoring."""
+        for key, one in callback.stateful(callbacks).items():
+            self.state.attach(f"callback/{key}", one, replace=True)
+
+
+def check_ready(state: LoopState) -> None:
+    """Raise unless a step can be trained.
+
+    Raises:
+        ConfigurationError: if the Loop is running.
+        OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
+    """
+    if state.status == "running":
+        raise ConfigurationError("this Loop is running already: a hook of it cannot train with it too; use another Loop")
+    if not state.optimizers:
+        raise OptimizerError("this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)")
+    check_covered(state.objective, {name: update.parameters for name, update in state.optimizers.items()})
+
+
+def check_batch_size(batch_size: int, *streams: Stream) -> None:
+    """Raise if a batch size was given that has no effect.
+
+    Raises:
+        ConfigurationError: if so.
+    """
+    if batch_size != DEFAULT_BATCH_SIZE and all(stream.brings_batches for stream in streams):
+        raise ConfigurationError(
+            f"batch_size={batch_size} has no effect on {' and '.join(s.name for s in streams)}, which bring their own "
+            f"batches: leave it out, or pass a Dataset"
+        )
+
+
+@contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Let an error of the block say which saved state it is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
