@@ -304,9 +304,20 @@ class Loop:
     def save(self, path: str | Path | None = None) -> Any:
         """Save the whole state: to a directory of safetensors and JSON, or, without a path, to memory.
 
+        From a hook, save in ``after_batch`` or ``after_epoch`` of the last callback: going on from there, those that come after
+        it have had their turn. Other hooks are called again, in the place that they were saved in.
+
         Returns:
             The directory; or a snapshot that ``restore`` takes.
+
+        Raises:
+            ConfigurationError: in ``after_backward``, where a step is half done and nothing could go on from it.
         """
+        if self.state.half_done and self.state.status == "running":
+            raise ConfigurationError(
+                "save() in after_backward: the step is half done, and going on from here would do its first half twice; "
+                "save in after_batch"
+            )
         if path is None:
             return self.state.state_dict()
         return checkpoint.write(path, self.state.live(), runs.told_of(self.state))

@@ -21,6 +21,7 @@ Runner = Callable[[Any], Step]
 def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None) -> Runner:
     """Choose how this objective is trained: by one loss, or by a generator of several."""
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
+    after_backward = None if after_backward is None else _within_a_step(after_backward)
     if inspect.isgeneratorfunction(objective.train_step):
         return SeveralLosses(objective, state, after_backward)
     return OneLoss(objective, state, after_backward)
@@ -132,6 +133,17 @@ class SeveralLosses:
             return returned
         sum_of_losses = torch.stack([values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values])
         return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
+
+
+def _within_a_step(hook: Callable[[LoopState], None]) -> Callable[[LoopState], None]:
+    """The same hook; for as long as it runs, the state says that it is between two steps."""
+
+    def call(state: LoopState) -> None:
+        state.half_done = True
+        hook(state)
+        state.half_done = False
+
+    return call
 
 
 def _let_go(step: Step) -> None:

@@ -139,6 +139,24 @@ def test_a_state_saved_by_a_hook_goes_on_the_same():
         assert_same(loop.save()[part], other.save()[part])
 
 
+def test_a_half_done_step_is_not_saved():
+    loop = make()
+
+    @loop.on("after_backward")
+    def save(state):
+        if state.step == 2:
+            loop.save()
+
+    with pytest.raises(ax.ConfigurationError, match="save in after_batch"):
+        loop.fit(TRAIN, epochs=1, batch_size=8)
+    assert loop.state.step == 2
+    loop.callbacks.clear()
+    loop.fit(TRAIN, epochs=1, batch_size=8)
+    loop.on("after_backward")(lambda state: None)
+    loop.on("after_batch")(lambda state: loop.save() and None)
+    loop.fit(TRAIN, epochs=1, batch_size=8)
+
+
 def test_a_state_saved_between_the_steps_of_ones_own_loop_goes_on_the_same():
     loop = make()
     for number, _ in enumerate(loop.steps(TRAIN, TEST, steps=7, batch_size=8), 1):
