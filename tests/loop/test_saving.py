@@ -148,13 +148,14 @@ def test_a_half_done_step_is_not_saved():
             loop.save()
 
     with pytest.raises(ax.ConfigurationError, match="save in after_batch"):
-        loop.fit(TRAIN, epochs=1, batch_size=8)
+        loop.fit(TRAIN, TEST, epochs=1, batch_size=8)
     assert loop.state.step == 2
-    loop.callbacks.clear()
-    loop.fit(TRAIN, epochs=1, batch_size=8)
+    loop.callbacks.pop()
     loop.on("after_backward")(lambda state: None)
-    loop.on("after_batch")(lambda state: loop.save() and None)
-    loop.fit(TRAIN, epochs=1, batch_size=8)
+    saved = []
+    loop.on("after_batch")(lambda state: saved.append(loop.save()))
+    loop.fit(TRAIN, TEST, epochs=1, batch_size=8)
+    assert len(saved) == 3  # the rest of the epoch
 
 
 def test_a_state_saved_between_the_steps_of_ones_own_loop_goes_on_the_same():
