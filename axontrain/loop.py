@@ -28,7 +28,8 @@ from axontrain.execution import due, modes, passes
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
 from axontrain.execution.run import DUE, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
-from axontrain.execution.steps import Runner, runner
+from axontrain.execution.runners import runner
+from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
 from axontrain.objective import Objective, Step, task_of
@@ -126,6 +127,8 @@ class Loop:
         steps: int | None = None,
         time: str | float | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        microbatch: int | str | None = None,
+        accumulate: int | None = None,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
         resume: bool = False,
@@ -138,6 +141,10 @@ class Loop:
             validation: the same, not shuffled; evaluated whenever ``validate`` says.
             epochs, steps, time: the limits (``time="10 min"``, or seconds); at least one.
             batch_size: samples in a batch, where ``train`` or ``validation`` is a bare Dataset.
+            microbatch: compute so many samples of a batch at once, to save memory: the gradient is that of the batch to
+                rounding, and nothing else knows of it. "auto" halves when memory runs out, and tries larger again later.
+                ``state.last`` has predictions only if there are metrics of training, for which they are put together.
+            accumulate: make one step of so many batches of ``train``, where they come ready-made and small.
             validate: a duration: "1 epoch", "500 steps", "10 min", "5%", or an :class:`~axontrain.Every`.
             limit: end each pass, of training and validation, after so many batches: for trials.
             resume: go on inside the plan of a fit that was interrupted or killed, as if it had not been; the limits are then
@@ -155,7 +162,7 @@ class Loop:
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
         """
         reject(others, Loop.fit)
-        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit, resume)
+        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
         deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
         return run.result()
 
@@ -168,6 +175,8 @@ class Loop:
         steps: int | None = None,
         time: str | float | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        microbatch: int | str | None = None,
+        accumulate: int | None = None,
         validate: str | int | Every = "1 epoch",
         limit: int | None = None,
         resume: bool = False,
@@ -178,7 +187,7 @@ class Loop:
         It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
         """
         reject(others, Loop.steps)
-        run = self._run(train, validation, epochs, steps, time, batch_size, validate, limit, resume)
+        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
         return self._stepping(run)
 
     def _algorithm(self, run: Run) -> Iterator[Step]:

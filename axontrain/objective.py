@@ -67,6 +67,17 @@ class TaskBatch:
         return len(self.batch)
 
 
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """Small batches that make one step together: what ``fit(..., accumulate=n)`` trains on.
+
+    >>> batch_size(Accumulated((torch.zeros(3, 2), torch.zeros(2, 2))))
+    5
+    """
+
+    batches: tuple[Any, ...]
+
+
 class Objective(nn.Module):
     """What is trained: write ``predict`` and ``loss``; override the rest where the shape does not fit.
 
@@ -403,6 +414,8 @@ def batch_size(batch: Any) -> int:
             batch = batch[0]
         elif isinstance(batch, TaskBatch):
             batch = batch.batch
+        elif isinstance(batch, Accumulated):
+            return sum(map(batch_size, batch.batches))
         elif is_dataclass(batch) and not isinstance(batch, type) and fields(batch):
             batch = getattr(batch, fields(batch)[0].name)
         else:

@@ -20,7 +20,8 @@ from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteWarning, OptimizerError, kind_of
 from axontrain.execution import modes
 from axontrain.execution.run import clear_gradients
-from axontrain.execution.steps import Runner, check, check_eval, runner
+from axontrain.execution.runners import runner
+from axontrain.execution.steps import Runner, check, check_eval
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective, Step
 from axontrain.optimizer import Optimizer, check_covered, route

@@ -20,9 +20,10 @@ from axontrain.clock import Every, Plan
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, warn
 from axontrain.execution import modes
+from axontrain.execution.microbatches import AutoCut, Cut, cut_of, look_at
 from axontrain.execution.run import DUE, Run
+from axontrain.execution.runners import runner
 from axontrain.execution.setup import compare, describe, same_batches, tell
-from axontrain.execution.steps import runner
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective
 from axontrain.optimizer import check_covered
@@ -60,9 +61,9 @@ class Start:
         self._at_home = False  # whether what lies in the directory is of this run
         self._last_stream: Stream | None = None
 
-    def stream(self, data: Any, name: str, batch_size: int, *, shuffle: bool = False, limit: int | None = None) -> Stream:
+    def stream(self, data: Any, name: str, batch_size: int, **options: Any) -> Stream:
         """Batches of a user's data, on the device."""
-        return Stream(data, name, batch_size=batch_size, shuffle=shuffle, limit=limit, strict=self.strict, device=self.device)
+        return Stream(data, name, batch_size=batch_size, strict=self.strict, device=self.device, **options)
 
     def run(
         self,
@@ -74,6 +75,8 @@ class Start:
         steps: int | None,
         time: str | float | None,
         batch_size: int,
+        microbatch: int | str | None,
+        accumulate: int | None,
         validate: str | int | Every,
         limit: int | None,
         resume: bool,
@@ -87,7 +90,8 @@ class Start:
         every, plan = Every.parse(validate, "validate"), Plan.parse(epochs, steps, time)
         if plan.trains_nothing:
             warn("this fit trains nothing: a limit is 0")
-        stream = self.stream(train, "train", batch_size, shuffle=True, limit=limit)
+        cut = cut_of(microbatch, accumulate)
+        stream = self.stream(train, "train", batch_size, shuffle=True, limit=limit, accumulate=accumulate)
         validating = None if validation is None else self.stream(validation, "validation", batch_size, limit=limit)
         streams = [one for one in (stream, validating) if one is not None]
         check_batch_size(batch_size, *streams)
@@ -102,10 +106,12 @@ class Start:
             )
         if modes.asleep(self.state.objective):
             warn(f"{modes.ASLEEP}, unless that is meant")
+        if cut is not None:
+            look_at(self.state.objective)
         with contextlib.ExitStack() as held:
             if self.state.directory is not None:
                 held.enter_context(DirectoryLock(self.state.directory))
-            run = self._begun(callbacks, progress, plan, every, stream, validating, resume)
+            run = self._begun(callbacks, progress, plan, every, stream, validating, cut, resume)
             run.lock = held.pop_all()  # the session gives it up
         return run
 
@@ -132,6 +138,7 @@ class Start:
         every: Every,
         stream: Stream,
         validating: Stream | None,
+        cut: Cut | None,
         resume: bool,
     ) -> Run:
         state = self.state
@@ -170,6 +177,10 @@ class Start:
         state.setup, state.resumed = setup, resumed
         self._last_stream = stream
         state.attach("data", stream, replace=True)
+        if isinstance(cut, AutoCut):
+            state.attach("microbatch", cut, replace=True)
+        else:
+            state.attached.pop("microbatch", None)
         self.attach(callbacks)
         state.history.rewrite()
         cadence = state.cadence("validate", every)
@@ -180,7 +191,8 @@ class Start:
             savers = (Checkpoint(),)
             taking_part.extend(savers)
         hooks = Hooks(taking_part, state, resumed=resumed)
-        train_step, meter = runner(state, hooks.after_backward), Meter(self.eval_metrics)
+        train_step = runner(state, hooks.after_backward, cut, keeps_predictions=bool(self.metrics))
+        meter = Meter(self.eval_metrics)
         run = Run(state, plan, stream, validating, self.judge, meter, cadence, hooks, train_step, state.step, savers=savers)
         run.pending, state.halt = pending, None
         return run

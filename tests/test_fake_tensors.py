@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import axontrain.metrics.meter
 import axontrain as ax
 from axontrain.clock import Plan
-from axontrain.execution.steps import runner
+from axontrain.execution.runners import runner
 
 axontrain.metrics.meter.FOLD = 8
 

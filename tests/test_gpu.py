@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import axontrain as ax
-from axontrain.execution.steps import runner
+from axontrain.execution.runners import runner
 
 pytestmark = [
     pytest.mark.gpu,

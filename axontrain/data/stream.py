@@ -22,7 +22,7 @@ from axontrain.data.protocol import is_array, is_dataset, reject_frame
 from axontrain.data.structure import signature, to_device
 from axontrain.data.transfer import ahead
 from axontrain.errors import BatchMismatchError, ConfigurationError, DataError, EmptyDataError, kind_of, whole
-from axontrain.objective import task_of
+from axontrain.objective import Accumulated, task_of
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -36,6 +36,7 @@ class Stream:
         batch_size: of a bare Dataset.
         shuffle: of a bare Dataset.
         limit: end each pass after so many batches.
+        accumulate: make one batch of so many that come ready-made; the last of a pass may have fewer.
         strict: raise where a batch's structure or trailing shape differs from the first's, or a list of batches looks like
             one of samples.
         device: where batches are moved; None leaves them.
@@ -49,11 +50,13 @@ class Stream:
         batch_size: int = DEFAULT_BATCH_SIZE,
         shuffle: bool = False,
         limit: int | None = None,
+        accumulate: int | None = None,
         strict: bool = True,
         device: torch.device | None = None,
     ) -> None:
         self.data, self.name, self.device = data, name, device
         self.limit = None if limit is None else whole("limit", limit, what="of batches")
+        self.accumulate = None if accumulate is None else whole("accumulate", accumulate, what="of batches")
         reject_frame(data, name)
         if strict and isinstance(data, (tuple, list)) and data and _is_sample(data[0]):
             raise DataError(
@@ -75,6 +78,15 @@ class Stream:
                     f"{name} is a Loader without shuffle=True of a Mixture with weights= or which=, which choose in a shuffled "
                     f"pass only: ax.Loader(mixture, batch_size, shuffle=True)"
                 )
+        if self.accumulate is not None and not self.brings_batches:
+            raise ConfigurationError(
+                f"accumulate={accumulate} makes a step of so many batches that come ready-made, and {name} is a Dataset: "
+                f"batch_size= says what a step sees of it, and microbatch= how much of that at once"
+            )
+        if self.accumulate is not None and self.tasks:
+            raise ConfigurationError(
+                f"accumulate={accumulate}: batches of a Mixture are of one task each, and make no step together"
+            )
         self._first: dict[str | None, list[str]] = {}  # by task
 
     @property
@@ -100,6 +112,8 @@ class Stream:
             length = len(self.loader if self.loader is not None else self.data)
         except TypeError:
             return None
+        if self.accumulate is not None:
+            length = -(-length // self.accumulate)
         return length if self.limit is None else min(length, self.limit)
 
     def batches(self, seed: int, epoch: int, start: int = 0, step: int | None = None) -> Iterator[Any]:
@@ -110,16 +124,22 @@ class Stream:
         Raises:
             EmptyDataError: if a pass gives no batch at all.
         """
+        if self.accumulate is None:
+            return self._batches(seed, epoch, start, self.limit, step)
+        limit = None if self.limit is None else self.limit * self.accumulate
+        return _accumulated(self._batches(seed, epoch, start * self.accumulate, limit, step), self.accumulate)
+
+    def _batches(self, seed: int, epoch: int, start: int, limit: int | None, step: int | None) -> Iterator[Any]:
         cuda = self.device is not None and self.device.type == "cuda"
         if self.loader is not None:
             own = seed if self.loader.seed is None else self.loader.seed
             pin = True if cuda else None
-            batches = self.loader.batches(own, epoch, start, self.limit, step=step, pin_memory=pin, source=self.source)
+            batches = self.loader.batches(own, epoch, start, limit, step=step, pin_memory=pin, source=self.source)
         else:
             assert self.source is not None  # what is no Loader is read by a Source
             batches = self.source.read(seed, epoch, start)
-            if self.limit is not None:
-                batches = itertools.islice(batches, max(0, self.limit - start))
+            if limit is not None:
+                batches = itertools.islice(batches, max(0, limit - start))
         if self.strict:
             batches = self._checked(batches, epoch, start)
         if self.device is None or self.device.type == "cpu":
@@ -130,6 +150,8 @@ class Stream:
 
     def goes_on_from(self, other: Stream) -> bool:
         """Take over how far ``other`` has read the same data; False if the batches are not the same as there."""
+        if self.accumulate != other.accumulate:
+            return False
         if self.source is not None and other.source is not None:
             if self.source.data is other.source.data and self._cut_as(other):
                 self.source.goes_on_from(other.source)
@@ -159,7 +181,7 @@ class Stream:
         """What decides which batches there are, in plain values: to be kept with a state."""
         loader = self.loader
         data = self.data if loader is None else loader.dataset
-        of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit}
+        of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit, "accumulate": self.accumulate}
         if loader is None:
             try:
                 return of | {"length": len(data)}
@@ -212,6 +234,11 @@ class Stream:
                     f"Pad or collate it to one shape, or pass strict=False to the Loop if this is meant."
                 )
             yield batch
+
+
+def _accumulated(batches: Iterator[Any], count: int) -> Iterator[Accumulated]:
+    while group := tuple(itertools.islice(batches, count)):
+        yield Accumulated(group)
 
 
 def _fingerprint(sampler: Any) -> str | None:

@@ -18,8 +18,8 @@ from axontrain.state import LoopState
 from axontrain.version import VERSION
 
 # Where these differ, batch k of an epoch is another batch: to go on within the epoch would be wrong.
-DECIDES_BATCHES = ("samples", "length", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed")
-WORDS = {"batch_size": "samples in a batch", "length": "number of batches"}
+DECIDES_BATCHES = ("accumulate", "samples", "length", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed")
+WORDS = {"accumulate": "number of batches in a step", "batch_size": "samples in a batch", "length": "number of batches"}
 
 
 def describe(
@@ -34,7 +34,7 @@ def describe(
     """What a run is made of, in plain values."""
     parameters = dict(state.objective.named_parameters())
     names = clean_names(state.objective)
-    own = ("cadence/", "callback/", "data")
+    own = ("cadence/", "callback/", "data", "microbatch")
     return {
         "versions": {"axontrain": VERSION, "torch": str(torch.__version__)},
         "device": device.type,

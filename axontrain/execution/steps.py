@@ -1,8 +1,7 @@
-"""Step runners: forward, backward, update. One is chosen before the loop starts, so that the loop has no branches."""
+"""Step runners: forward, backward, update (see :mod:`axontrain.execution.runners`, which chooses one)."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +15,6 @@ from axontrain.state import LoopState
 from axontrain.update import Update
 
 Runner = Callable[[Any], Step]
-
-
-def runner(state: LoopState, after_backward: Callable[[LoopState], None] | None) -> Runner:
-    """Choose how this objective is trained: by one loss, or by a generator of several."""
-    objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
-    after_backward = None if after_backward is None else _within_a_step(after_backward)
-    if inspect.isgeneratorfunction(objective.train_step):
-        return SeveralLosses(objective, state, after_backward)
-    return OneLoss(objective, state, after_backward)
 
 
 class OneLoss:
@@ -49,9 +39,13 @@ class OneLoss:
         except RuntimeError:
             check(step, self.objective)  # says it better, where it is about the loss
             raise
+        let_go(step)
+        return self.finished(step)
+
+    def finished(self, step: Step) -> Step:
+        """After backward: the hook, the updates, and the buffers of a step that was skipped."""
         if self.after_backward is not None:
             self.after_backward(self.state)
-        _let_go(step)
         loss = step.loss
         try:
             for update in self.updates:
@@ -86,27 +80,35 @@ class SeveralLosses:
             except StopIteration as stop:
                 returned = stop.value
                 break
-            update, loss, terms = self._taken(yielded)
+            update, loss, terms = self.taken(yielded)
             # Only into this optimizer's parameters: a generator's loss leaves nothing behind in the discriminator.
             loss.backward(inputs=[p for p in update.tensors if p.requires_grad])  # type: ignore[no-untyped-call]
             if self.after_backward is not None:
                 self.after_backward(self.state)
-            try:
-                flag = update.update(loss.detach(), terms)
-            except NonFiniteError:
-                if self.buffers is not None:
-                    self.buffers.put_back(torch.ones(()))
-                raise
-            skipped = flag if skipped is None else torch.maximum(skipped, flag)
+            skipped = self.updated(update, loss.detach(), terms, skipped)
             for name, value in {f"{update.name}_loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value.detach())
-        step = self._step(batch, losses, returned)
+        return self.finished(self.step_of(batch, losses, returned), skipped)
+
+    def updated(self, update: Update, loss: Tensor, terms: Mapping[str, Any], skipped: Tensor | None) -> Tensor:
+        """Update by one optimizer; above 0 if that or an earlier one of the step was skipped."""
+        try:
+            flag = update.update(loss, terms)
+        except NonFiniteError:
+            if self.buffers is not None:
+                self.buffers.put_back(torch.ones(()))
+            raise
+        return flag if skipped is None else torch.maximum(skipped, flag)
+
+    def finished(self, step: Step, skipped: Tensor | None) -> Step:
+        """After the last update: the buffers of a step that was skipped."""
         step.skipped = skipped
         if self.buffers is not None and skipped is not None:
             self.buffers.put_back(skipped)
         return step
 
-    def _taken(self, yielded: Any) -> tuple[Update, Tensor, Mapping[str, Tensor]]:
+    def taken(self, yielded: Any) -> tuple[Update, Tensor, Mapping[str, Tensor]]:
+        """What a generator yielded, looked at: the optimizer, the loss, its terms."""
         of = f"{type(self.objective).__name__}.train_step"
         if not isinstance(yielded, tuple) or len(yielded) != 2:
             raise LossError(f"{of} yielded {kind_of(yielded)}; it yields (optimizer_name, loss)")
@@ -119,7 +121,8 @@ class SeveralLosses:
         check(Step(loss), self.objective, f"{of} yielded ({name!r}, loss); the")
         return self.state.optimizers[name], loss, terms
 
-    def _step(self, batch: Any, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
+    def step_of(self, batch: Any, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
+        """The Step of a batch from the losses that were yielded, and from what the generator returned."""
         if returned is not None and not isinstance(returned, Step):
             raise ObjectiveError(
                 f"{type(self.objective).__name__}.train_step returned {kind_of(returned)}; a generator returns None or a Step"
@@ -128,26 +131,15 @@ class SeveralLosses:
             raise ObjectiveError(f"{type(self.objective).__name__}.train_step yielded no (optimizer_name, loss)")
         values = {name: torch.stack([v.reshape(()) for v in of_name]).mean() for name, of_name in losses.items()}
         if returned is not None:
-            _let_go(returned)
+            let_go(returned)
             returned.values = {**values, **returned.values}
             return returned
         sum_of_losses = torch.stack([values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values])
         return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
 
 
-def _within_a_step(hook: Callable[[LoopState], None]) -> Callable[[LoopState], None]:
-    """The same hook; for as long as it runs, the state says that it is between two steps."""
-
-    def call(state: LoopState) -> None:
-        state.half_done = True
-        hook(state)
-        state.half_done = False
-
-    return call
-
-
-def _let_go(step: Step) -> None:
-    # Whoever keeps the step is not to keep its graph.
+def let_go(step: Step) -> None:
+    """Whoever keeps the step is not to keep its graph."""
     step.loss = step.loss.detach()
     if isinstance(step.predictions, Tensor):
         step.predictions = step.predictions.detach()

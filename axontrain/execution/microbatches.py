@@ -1,0 +1,387 @@
+r"""Microbatches: a batch in parts that fit in memory, with the gradient of the whole.
+
+With l_i the loss of part i, a mean over w_i items, the gradient of the batch is
+
+.. math:: \sum_i w_i \nabla l_i / \sum_i w_i
+
+whatever the sizes of the parts: ragged last ones and means over tokens too. The weights are those that the steps tell, so
+their sum is known when the last part is through: until then gradients are of :math:`w_i l_i / c` with a c near that sum, and
+are multiplied by :math:`c / \sum w_i` at the end. A part of weight zero adds nothing, be its loss 0/0.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from axontrain import randomness
+from axontrain.data.structure import cut, joined, tensors
+from axontrain.errors import ConfigurationError, DataError, LossError, kind_of, warn, whole
+from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
+from axontrain.objective import Accumulated, Objective, Step, TaskBatch, batch_size
+from axontrain.state import LoopState
+
+AUTO = "auto"
+# Steps after which a size that was too large once is tried again; each time that it fails, twice as many.
+TRY_AGAIN = 100
+Parts = list[Any]
+
+
+class Cut:
+    """How batches are cut.
+
+    Args:
+        size: samples in a microbatch; None leaves batches whole but for those that come in parts already.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+
+    def __call__(self, batch: Any) -> Parts:
+        """The parts of a batch, in its order."""
+        if isinstance(batch, Accumulated):
+            return [part for one in batch.batches for part in self(one)]
+        if isinstance(batch, TaskBatch):
+            return [TaskBatch(batch.task, part) for part in self(batch.batch)]
+        count = batch_size(batch)
+        if self.size is None or count <= self.size:
+            return [batch]
+        if odd := [kind_of(leaf) for leaf in tensors(batch) if leaf.dim() and leaf.shape[0] != count]:
+            raise DataError(
+                f"microbatch={self.size} cuts the {count} samples of a batch along the first dimension, and it has a part "
+                f"{odd[0]}: leave microbatch= out, or read small batches and make a step of n of them by fit(..., accumulate=n)"
+            )
+        return [cut(batch, first, min(first + self.size, count), count) for first in range(0, count, self.size)]
+
+
+class AutoCut(Cut):
+    """Parts as large as memory allows: halved when it runs out, tried larger again later.
+
+    It takes part in saving: a run that goes on cuts its batches as the one before would have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.wait, self.since = TRY_AGAIN, 0
+        self.smaller: int | None = None  # what is known to fit, while a larger size is tried
+
+    def halve(self, batch: Any) -> bool:
+        """Take half of what did not fit; False where that was a single sample."""
+        largest = max(batch_size(part) for part in self(batch))
+        if self.smaller is not None:
+            self.size, self.smaller, self.wait = self.smaller, None, 2 * self.wait
+            told = f"{largest} samples at once do not fit in memory yet; on with {self.size}"
+        elif largest < 2:
+            return False
+        else:
+            self.size = -(-largest // 2)
+            told = f"{largest} samples at once do not fit in memory: on with microbatches of {self.size}"
+        self.since = 0
+        warn(f"microbatch='auto': {told}. Gradients are the same to rounding; the step is done again from its beginning")
+        return True
+
+    def fitted(self, batch: Any) -> None:
+        """A step is through: count it, and try a larger size when it is time."""
+        largest = max(map(batch_size, batch.batches)) if isinstance(batch, Accumulated) else batch_size(batch)
+        if self.size is None or largest <= (self.smaller or self.size):  # which tells nothing of a larger size
+            return
+        if self.smaller is not None:
+            whole = self.size >= largest
+            warn(f"microbatch='auto': {'whole batches' if whole else f'microbatches of {self.size}'} fit in memory again")
+            self.size, self.smaller = None if whole else self.size, None
+        self.since += 1
+        if self.since >= self.wait and self.size is not None:
+            self.since, self.smaller, self.size = 0, self.size, 2 * self.size
+
+    def state_dict(self) -> dict[str, Any]:
+        """The size that was found, and when a larger one is tried."""
+        return {"size": self.size, "wait": self.wait, "since": self.since, "smaller": self.smaller}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self.size, self.smaller = state["size"], state["smaller"]
+        self.wait, self.since = state["wait"], state["since"]
+
+
+def cut_of(microbatch: int | str | None, accumulate: int | None) -> Cut | None:
+    """How ``fit(microbatch=..., accumulate=...)`` cuts batches; None where it leaves them whole.
+
+    Raises:
+        ConfigurationError: if it is no number of samples, and not "auto".
+    """
+    if microbatch == AUTO:
+        return AutoCut()
+    if microbatch is not None:
+        if isinstance(microbatch, str):
+            raise ConfigurationError(f"microbatch={microbatch!r}: a number of samples, or 'auto'")
+        return Cut(whole("microbatch", microbatch, what="of samples"))
+    return None if accumulate is None else Cut(None)
+
+
+def look_at(objective: nn.Module) -> None:
+    """Warn of modules whose result depends on the other samples of a batch."""
+    names = [name for name, module in objective.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warn(
+            f"{', '.join(names[:3])}{more} normalise over the samples that they see at once, which are those of a microbatch: "
+            f"the result is not that of the whole batch. GroupNorm or LayerNorm know no batch; or leave microbatch= out"
+        )
+
+
+class OneLossInParts(OneLoss):
+    """As :class:`OneLoss`, part by part."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        state: LoopState,
+        after_backward: Callable[[LoopState], None] | None,
+        cut: Cut,
+        keeps_predictions: bool,
+    ) -> None:
+        super().__init__(objective, state, after_backward)
+        self.cut, self.keeps_predictions = cut, keeps_predictions
+        self.retry = Retry(objective, cut) if isinstance(cut, AutoCut) else None
+
+    def __call__(self, batch: Any) -> Step:
+        if self.buffers is not None:
+            self.buffers.keep()
+        step = self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
+        return self.finished(step)
+
+    def _accumulated(self, batch: Any) -> Step:
+        parts = self.cut(batch)
+        sums = Sums([p for p in self.objective.parameters() if p.requires_grad], batch, len(parts))
+        steps = []
+        with sums.zeros_masked():
+            for part in parts:
+                step: Step = self.objective.train_step(part)  # type: ignore[assignment]  # no generator: see runner
+                check(step, self.objective)
+                sums.add(step.loss, step.weight)
+                let_go(step)
+                if not self.keeps_predictions:
+                    step.predictions = step.targets = step.sample_weights = None
+                steps.append((step, batch_size(part)))
+        sums.finish()
+        return merged(steps)
+
+
+class SeveralLossesInParts(SeveralLosses):
+    """As :class:`SeveralLosses`: the generators of all parts go on side by side, from one update to the next."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        state: LoopState,
+        after_backward: Callable[[LoopState], None] | None,
+        cut: Cut,
+        keeps_predictions: bool,
+    ) -> None:
+        super().__init__(objective, state, after_backward)
+        self.cut, self.keeps_predictions = cut, keeps_predictions
+
+    def __call__(self, batch: Any) -> Step:
+        if self.buffers is not None:
+            self.buffers.keep()
+        parts = self.cut(batch)
+        generators: list[Any] = [self.objective.train_step(part) for part in parts]
+        weights = [self.objective.weight(part) for part in parts]
+        losses: dict[str, list[Tensor]] = {}
+        skipped: Tensor | None = None
+        while True:
+            found = [self._next(generator) for generator in generators]
+            names = {None if isinstance(one, Ended) else one[0].name for one in found}
+            if len(names) > 1:
+                raise LossError(
+                    f"{type(self.objective).__name__}.train_step yields for {names} at one point, by microbatch: each "
+                    f"update needs the losses of all of them"
+                )
+            if isinstance(found[0], Ended):
+                break
+            update = found[0][0]
+            sums = Sums([p for p in update.tensors if p.requires_grad], batch, len(parts))
+            told = []
+            with sums.zeros_masked():
+                for index, ((_, loss, terms), weight) in enumerate(zip(found, weights, strict=True)):
+                    sums.add(loss, weight, inputs=sums.parameters)
+                    told.append((Step(loss.detach(), weight=weight, values=terms), 1))
+                    found[index] = None  # its graph
+            sums.finish()
+            if self.after_backward is not None:
+                self.after_backward(self.state)
+            step = merged(told)
+            skipped = self.updated(update, step.loss, step.values, skipped)
+            for name, value in {f"{update.name}_loss": step.loss, **step.values}.items():
+                losses.setdefault(name, []).append(value)  # type: ignore[arg-type]  # merged values are tensors
+        ends = [end.step for end in found]
+        step = self.step_of(batch, losses, self._returned(ends, parts))
+        return self.finished(step, skipped)
+
+    def _next(self, generator: Any) -> Any:
+        try:
+            return self.taken(next(generator))
+        except StopIteration as stop:
+            return Ended(stop.value)
+
+    def _returned(self, ends: Sequence[Any], parts: Parts) -> Any:
+        if not all(isinstance(end, Step) for end in ends):
+            return next((end for end in ends if not isinstance(end, Step)), None)
+        for end in ends:
+            let_go(end)
+            if not self.keeps_predictions:
+                end.predictions = end.targets = end.sample_weights = None
+        return merged([(end, batch_size(part)) for end, part in zip(ends, parts, strict=True)])
+
+
+class Ended:
+    """A generator of a part is through, and returned a Step or None."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+
+
+class Sums:
+    """The gradients of one batch, gathered over its parts.
+
+    Args:
+        parameters: whose gradients.
+        batch: the whole of it.
+        count: of its parts.
+    """
+
+    def __init__(self, parameters: list[Tensor], batch: Any, count: int) -> None:
+        self.parameters, self.count = parameters, count
+        self.near: float | Tensor | None = None  # what the weights will about sum up to
+        self.samples = max(1, batch_size(batch))
+        self.weight: float | Tensor = 0
+        self.left = count
+        self._alive: Tensor | None = None
+
+    def add(self, loss: Tensor, weight: float | Tensor, inputs: Sequence[Tensor] | None = None) -> None:
+        """Add the gradient of a part's loss, the mean over ``weight`` items."""
+        self.left -= 1
+        self.weight = self.weight + weight
+        if isinstance(weight, Tensor):
+            weight = weight.detach().reshape(())
+            if self.near is None:
+                self.near = weight.clamp_min(1) * self.count
+            self._alive = weight > 0
+            scaled = torch.where(self._alive.to(loss.device), loss.reshape(()) * (weight / self.near).to(loss.device), 0)
+        elif weight or (not self.left and not isinstance(self.weight, Tensor) and not self.weight):
+            if self.near is None:
+                self.near = self.samples
+            self._alive = None
+            # All of the batch counts nothing: then its mean is 0/0, as it is of a batch in one part.
+            scaled = loss * (weight / self.near if weight else float("nan"))
+        else:
+            return
+        scaled.backward(inputs=inputs)  # type: ignore[no-untyped-call]
+
+    def finish(self) -> None:
+        """Bring the gradients to the mean over the items of all parts."""
+        if self.near is None or (not isinstance(self.near, Tensor) and self.near == self.weight):
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        factor = self.near / self.weight if isinstance(self.weight, Tensor) or self.weight else 1.0
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.device) if isinstance(factor, Tensor) else factor)
+
+    @contextmanager
+    def zeros_masked(self) -> Iterator[None]:
+        """Keep the gradients of parts of weight zero out, without a look at the weight: zero times NaN is NaN."""
+
+        def mask(gradient: Tensor) -> Tensor:
+            if self._alive is None or gradient.is_sparse:
+                return gradient
+            return torch.where(self._alive.to(gradient.device), gradient, 0)
+
+        handles: list[Any] = [parameter.register_hook(mask) for parameter in self.parameters]  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def merged(steps: Sequence[tuple[Step, int]]) -> Step:
+    """The step of the whole batch: means over all items, predictions put together; each comes with its number of samples."""
+    first = steps[0][0]
+    if len(steps) == 1:
+        return first
+    device = first.loss.device
+    weights = torch.stack([torch.as_tensor(step.weight, device=device).reshape(()).to(torch.float64) for step, _ in steps])
+    whole = weights.sum()
+
+    def mean(values: Sequence[Any]) -> Tensor:
+        stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values])
+        return (torch.where(weights > 0, stacked * weights, 0.0).sum() / whole).to(stacked.dtype)
+
+    names = dict.fromkeys(name for step, _ in steps for name in step.values)
+    values: Mapping[str, Tensor] = {name: mean([step.values.get(name, float("nan")) for step, _ in steps]) for name in names}
+    ints = all(not isinstance(step.weight, Tensor) for step, _ in steps)
+    return Step(
+        mean([step.loss for step, _ in steps]),
+        None if first.predictions is None else joined([(step.predictions, size) for step, size in steps]),
+        None if first.targets is None else joined([(step.targets, size) for step, size in steps]),
+        weight=sum(step.weight for step, _ in steps) if ints else whole,
+        values=values,
+        sample_weights=None if first.sample_weights is None else torch.cat([s.sample_weights for s, _ in steps]),  # type: ignore[misc]
+    )
+
+
+class Retry:
+    """Does a step again in smaller parts when memory runs out, from where it began: generators, buffers, metrics, gradients."""
+
+    def __init__(self, objective: Objective, cut: AutoCut) -> None:
+        self.objective, self.cut = objective, cut
+        # Metrics of torchmetrics within an objective hold what they count in attributes, not in buffers.
+        self.metrics: list[Any] = [module for module in objective.modules() if hasattr(module, "metric_state")]
+
+    def __call__(self, compute: Callable[[Any], Step], batch: Any) -> Step:
+        while True:
+            rng = randomness.capture()
+            buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
+            metrics = [(metric, _copied(metric.metric_state)) for metric in self.metrics]
+            failure: Exception | None = None
+            try:
+                step = compute(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # whose frames hold the tensors that are in the way
+            if failure is None:
+                self.cut.fitted(batch)
+                return step
+            for parameter in self.objective.parameters():
+                parameter.grad = None
+            for name, buffer in self.objective.named_buffers():
+                buffer.copy_(buffers[name])
+            for metric, states in metrics:
+                for name, value in states.items():
+                    setattr(metric, name, value)
+            randomness.restore(rng)
+            if not self.cut.halve(batch):
+                failure.add_note("microbatch='auto': a single sample does not fit in memory; the model is too large for it")
+                raise failure
+            failure = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, of a device or of the host."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+def _copied(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}

@@ -1,0 +1,51 @@
+"""Which step runner trains an objective: chosen once, before the loop starts, so that the loop has no branches."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from axontrain.errors import ConfigurationError
+from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
+from axontrain.execution.steps import OneLoss, Runner, SeveralLosses
+from axontrain.objective import Objective
+from axontrain.state import LoopState
+
+
+def runner(
+    state: LoopState,
+    after_backward: Callable[[LoopState], None] | None,
+    cut: Cut | None = None,
+    *,
+    keeps_predictions: bool = True,
+) -> Runner:
+    """Choose how this objective is trained: by one loss or by a generator of several, of whole batches or part by part.
+
+    Args:
+        state: the Loop's.
+        after_backward: a hook, or None.
+        cut: how batches are cut; None leaves them whole.
+        keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
+    """
+    objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
+    after_backward = None if after_backward is None else _within_a_step(after_backward)
+    several = inspect.isgeneratorfunction(objective.train_step)
+    if cut is None:
+        return (SeveralLosses if several else OneLoss)(objective, state, after_backward)
+    if several and isinstance(cut, AutoCut):
+        raise ConfigurationError(
+            "microbatch='auto' does a step again that runs out of memory, and one of several updates may have done the first "
+            "of them: give a number of samples"
+        )
+    return (SeveralLossesInParts if several else OneLossInParts)(objective, state, after_backward, cut, keeps_predictions)
+
+
+def _within_a_step(hook: Callable[[LoopState], None]) -> Callable[[LoopState], None]:
+    """The same hook; for as long as it runs, the state says that it is between two steps."""
+
+    def call(state: LoopState) -> None:
+        state.half_done = True
+        hook(state)
+        state.half_done = False
+
+    return call
