@@ -27,8 +27,8 @@ from axontrain.errors import ConfigurationError, kind_of, reject, unknown
 from axontrain.execution import due, modes, passes
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
+from axontrain.execution.precision import Precision
 from axontrain.execution.run import DUE, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
-from axontrain.execution.runners import runner
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
@@ -56,6 +56,7 @@ class Loop:
         device: "auto" takes a GPU where there is one.
         strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
             one of samples rather than of batches.
+        precision: "fp32", "tf32", "bf16", "fp16", "bf16-true" or "fp64": see :mod:`axontrain.execution.precision`.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 
@@ -78,6 +79,7 @@ class Loop:
         seed: int | None = 0,
         device: str | torch.device = "auto",
         strict: bool = True,
+        precision: str = "fp32",
         progress: bool = True,
         directory: str | Path | None = None,
         **others: Any,
@@ -92,8 +94,9 @@ class Loop:
                 )
                 raise ConfigurationError(f"{name} is {kind_of(given)}, no ax.Objective: {hint}")
         self.device = device_of(device)
-        self.objective = moved(objective, self.device)
-        self.evaluate_with = None if evaluate_with is None else moved(evaluate_with, self.device)
+        self.precision = Precision(precision, self.device)
+        self.objective = self.precision.taken(moved(objective, self.device))
+        self.evaluate_with = None if evaluate_with is None else self.precision.taken(moved(evaluate_with, self.device))
         self.metrics = {**resolve(objective.metrics), **resolve(metrics)}
         judge = objective if evaluate_with is None else evaluate_with
         eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
@@ -113,7 +116,7 @@ class Loop:
             update.clock = self.state
         if self.directory is not None:
             self.state.directory, self.state.history.path = self.directory, self.directory / "history.jsonl"
-        self._start = Start(self.state, judge, self.metrics, eval_metrics, seed=seed, device=self.device, strict=strict)
+        self._start = Start(self.state, judge, self.metrics, eval_metrics, seed=seed, precision=self.precision, strict=strict)
         self._start.attach(self.callbacks)
         self._by_hand: Runner | None = None
         self._next_reading = 0.0
@@ -231,7 +234,7 @@ class Loop:
         stream = self._start.stream(data, "data", batch_size)
         check_batch_size(batch_size, stream)
         with contextlib.closing(stream):
-            return passes.evaluate(self._start.judge, stream, Meter(self._start.eval_metrics), self.state.seed)
+            return passes.evaluate(self._start.judge, stream, Meter(self._start.eval_metrics), self.state.seed, self.precision)
 
     def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False, **others: Any) -> Any:
         """Predict for all of ``data``, in its order.
@@ -249,7 +252,7 @@ class Loop:
         reject(others, Loop.predict)
         batches = self._start.stream(data, "data", batch_size)
         check_batch_size(batch_size, batches)
-        predictions = passes.predicting(self.objective, batches, self.state.seed)
+        predictions = passes.predicting(self.objective, batches, self.state.seed, self.precision)
         if stream:
             return (prediction for prediction, _ in predictions)
         cpu = torch.device("cpu")
@@ -272,11 +275,13 @@ class Loop:
                 "a torch scheduler factory, which counts steps"
             )
         if self._by_hand is None:
-            self._by_hand = runner(state, None)
+            self._by_hand = self._start.runner(None)
             self._next_reading = perf_counter() + READ_EVERY_SECONDS
             clear_gradients(self.objective)
         batch = to_device(batch, self.device)
-        with modes.training(self.objective), stream_of(state), noted("in train_on_batch", batch, self.objective):
+        batch = batch if self.precision.dtype is None else self.precision.batch(batch)
+        noting = noted("in train_on_batch", batch, self.objective)
+        with modes.training(self.objective), stream_of(state), self.precision.settings(), noting:
             step = self._by_hand(batch)
         state.step += 1
         state.samples += size_of(batch)
@@ -373,6 +378,7 @@ class Loop:
             self._start.eval_metrics,
             streams,
             self.state.seed,
+            self.precision,
         )
 
     def __repr__(self) -> str:

@@ -19,6 +19,7 @@ from axontrain.checkpoint.encode import decode, encode
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteWarning, OptimizerError, kind_of
 from axontrain.execution import modes
+from axontrain.execution.precision import Precision
 from axontrain.execution.run import clear_gradients
 from axontrain.execution.runners import runner
 from axontrain.execution.steps import Runner, check, check_eval
@@ -65,6 +66,7 @@ def preflight(
     eval_metrics: Mapping[str, Any],
     streams: Mapping[str, Stream],
     seed: int,
+    precision: Precision,
 ) -> Report:
     """Check an objective, its optimizers and its data on copies.
 
@@ -73,7 +75,7 @@ def preflight(
     and restored. The caller's objects and random generators stay bit for bit as they were.
     """
     report = Report()
-    with randomness.kept(), _own_generators_kept(streams):
+    with randomness.kept(), _own_generators_kept(streams), precision.settings():
         batches = {name: _first_batch(stream, seed, report) for name, stream in streams.items()}
         batch = batches["train"]
         if batch is not None:
@@ -84,11 +86,12 @@ def preflight(
                 return report
             several = inspect.isgeneratorfunction(objective.train_step)
             _one_sample_left(trained, streams["train"], report)
-            if _one_step(_copied(objective), batch, metrics, seed, several, report) and _covered(objective, optimizers, report):
-                if _falls(trained, optimizers, batch, seed, several, report):
-                    _survives(objective, trained, optimizers, batch, seed, report)
+            works = _one_step(_copied(objective), batch, metrics, seed, precision, several, report)
+            if works and _covered(objective, optimizers, report):
+                if _falls(trained, optimizers, batch, seed, precision, several, report):
+                    _survives(objective, trained, optimizers, batch, seed, precision, report)
         if batches.get("validation") is not None:
-            _one_evaluation(objective, evaluate_with, batches["validation"], eval_metrics, seed, report)
+            _one_evaluation(objective, evaluate_with, batches["validation"], eval_metrics, seed, precision, report)
     return report
 
 
@@ -105,7 +108,15 @@ def _first_batch(stream: Stream, seed: int, report: Report) -> Any:
     return None
 
 
-def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed: int, several: bool, report: Report) -> bool:
+def _one_step(
+    objective: Objective,
+    batch: Any,
+    metrics: Mapping[str, Any],
+    seed: int,
+    precision: Precision,
+    several: bool,
+    report: Report,
+) -> bool:
     report.notes.append(f"batch: {kind_of(batch)}")
     if several:
         report.notes.append("train_step is a generator: its losses are looked at in training only")
@@ -122,8 +133,8 @@ def _one_step(objective: Objective, batch: Any, metrics: Mapping[str, Any], seed
             if overridden(objective, "predict"):
                 inputs = objective.split(_fresh(batch))[0]
                 told = kind_of(inputs)
-                report.notes.append(f"predict({told}) -> {kind_of(objective.predict(inputs))}")
-            step: Any = objective.train_step(_fresh(batch))
+                report.notes.append(f"predict({told}) -> {kind_of(precision.within(objective.predict)(inputs))}")
+            step: Any = precision.within(objective.train_step)(_fresh(batch))
             check(step, objective)
             step.loss.backward()
     except Exception as error:
@@ -161,11 +172,12 @@ def _one_evaluation(
     batch: Any,
     metrics: Mapping[str, Any],
     seed: int,
+    precision: Precision,
     report: Report,
 ) -> None:
     judge: Objective = copy.deepcopy(objective if evaluate_with is None else evaluate_with)
     try:
-        step = _evaluated(judge, batch, seed)
+        step = _evaluated(judge, batch, seed, precision)
     except Exception as error:
         report.problems.append(f"the first step of validation fails: {_told(error)} {_dtypes(judge, batch)}".rstrip())
     else:
@@ -195,12 +207,18 @@ def _covered(objective: Objective, optimizers: Mapping[str, Optimizer], report: 
 
 
 def _falls(
-    objective: Objective, optimizers: Mapping[str, Optimizer], batch: Any, seed: int, several: bool, report: Report
+    objective: Objective,
+    optimizers: Mapping[str, Optimizer],
+    batch: Any,
+    seed: int,
+    precision: Precision,
+    several: bool,
+    report: Report,
 ) -> bool:
     """Train on one batch: nothing is easier to learn by heart."""
     losses: list[Tensor] = []
     try:
-        state, train_step = _trainer(objective, optimizers, seed)
+        state, train_step = _trainer(objective, optimizers, seed, precision)
         with modes.training(objective), warnings.catch_warnings():
             warnings.simplefilter("ignore", NonFiniteWarning)
             for _ in range(FALL_STEPS):
@@ -236,16 +254,17 @@ def _survives(
     optimizers: Mapping[str, Optimizer],
     batch: Any,
     seed: int,
+    precision: Precision,
     report: Report,
 ) -> None:
     """Save what was trained, fill a fresh copy from it, and compare what both do next."""
     try:
-        state, step_on = _trainer(trained, optimizers, seed)
+        state, step_on = _trainer(trained, optimizers, seed, precision)
         with modes.training(trained), randomness.seeded(seed):
             step_on(_fresh(batch))  # so that the optimizers have a state
         text, tensors = encode(state.state_dict())
         fresh = _copied(objective)
-        other, step_other = _trainer(fresh, optimizers, seed)
+        other, step_other = _trainer(fresh, optimizers, seed, precision)
         other.load_state_dict(decode(text, tensors))
         hidden = _hidden(trained, fresh)
         results = []
@@ -272,14 +291,16 @@ def _survives(
         report.notes.append("what was trained goes on the same after being saved and restored")
 
 
-def _trainer(objective: Objective, optimizers: Mapping[str, Optimizer], seed: int) -> tuple[LoopState, Runner]:
+def _trainer(
+    objective: Objective, optimizers: Mapping[str, Optimizer], seed: int, precision: Precision
+) -> tuple[LoopState, Runner]:
     plain = {name: copy.copy(optimizer) for name, optimizer in optimizers.items()}
     for optimizer in plain.values():
         optimizer.schedule = None  # a warm-up from zero would say that nothing is learnt
         optimizer.patience = 10**9
     bound = {name: Update(name, plain[name], of_name) for name, of_name in route(objective, plain).items()}
     state = LoopState(objective, bound, seed, Meter())
-    return state, runner(state, None)
+    return state, runner(state, None, precision=precision, scaler=precision.scaler(objective))
 
 
 @contextlib.contextmanager
@@ -311,9 +332,9 @@ def _copied(objective: Objective) -> Objective:
     return copied
 
 
-def _evaluated(objective: Objective, batch: Any, seed: int) -> Step:
+def _evaluated(objective: Objective, batch: Any, seed: int, precision: Precision) -> Step:
     with modes.evaluation(objective), randomness.seeded(seed), torch.no_grad():
-        step = objective.eval_step(_fresh(batch))
+        step: Step = precision.within(objective.eval_step)(_fresh(batch))
         check_eval(step, objective)
     return step
 

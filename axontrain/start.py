@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from axontrain import callback
 from axontrain.callback import Callback, FunctionCallback, Hooks, Saver
@@ -21,9 +19,11 @@ from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, warn
 from axontrain.execution import modes
 from axontrain.execution.microbatches import AutoCut, Cut, cut_of, look_at
+from axontrain.execution.precision import Precision
 from axontrain.execution.run import DUE, Run
 from axontrain.execution.runners import runner
 from axontrain.execution.setup import compare, describe, same_batches, tell
+from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective
 from axontrain.optimizer import check_covered
@@ -40,7 +40,7 @@ class Start:
         judge: the objective that evaluates.
         metrics, eval_metrics: of training and of evaluation, resolved.
         seed: what the Loop was given; None if nothing.
-        device: where batches go.
+        precision: in which it computes, and on which device.
         strict: see :class:`axontrain.Loop`.
     """
 
@@ -52,18 +52,30 @@ class Start:
         eval_metrics: Mapping[str, Any],
         *,
         seed: int | None,
-        device: torch.device,
+        precision: Precision,
         strict: bool,
     ) -> None:
         self.state, self.judge = state, judge
         self.metrics, self.eval_metrics = metrics, eval_metrics
-        self.seed, self.device, self.strict = seed, device, strict
+        self.seed, self.precision, self.strict = seed, precision, strict
+        self.scaler = precision.scaler(state.objective)
+        if self.scaler is not None:
+            state.attach("scaler", self.scaler)
+            for update in state.optimizers.values():
+                update.scaled = True
         self._at_home = False  # whether what lies in the directory is of this run
         self._last_stream: Stream | None = None
 
     def stream(self, data: Any, name: str, batch_size: int, **options: Any) -> Stream:
         """Batches of a user's data, on the device."""
-        return Stream(data, name, batch_size=batch_size, strict=self.strict, device=self.device, **options)
+        convert = self.precision.batch if self.precision.dtype is not None else None
+        device = self.precision.device
+        return Stream(data, name, batch_size=batch_size, strict=self.strict, device=device, convert=convert, **options)
+
+    def runner(self, after_backward: Callable[[LoopState], None] | None, cut: Cut | None = None) -> Runner:
+        """What trains on a batch."""
+        of = {"precision": self.precision, "scaler": self.scaler, "keeps_predictions": bool(self.metrics)}
+        return runner(self.state, after_backward, cut, **of)  # type: ignore[arg-type]  # each of its own kind
 
     def run(
         self,
@@ -142,7 +154,7 @@ class Start:
         resume: bool,
     ) -> Run:
         state = self.state
-        setup = describe(state, stream, validating, every, self.metrics, callbacks, self.device)
+        setup = describe(state, stream, validating, every, self.metrics, callbacks, self.precision.device, self.precision.name)
         if state.directory is not None:
             runs.sweep(state.directory)
         found = self._found() if resume else ""
@@ -191,9 +203,9 @@ class Start:
             savers = (Checkpoint(),)
             taking_part.extend(savers)
         hooks = Hooks(taking_part, state, resumed=resumed)
-        train_step = runner(state, hooks.after_backward, cut, keeps_predictions=bool(self.metrics))
-        meter = Meter(self.eval_metrics)
-        run = Run(state, plan, stream, validating, self.judge, meter, cadence, hooks, train_step, state.step, savers=savers)
+        train_step, meter = self.runner(hooks.after_backward, cut), Meter(self.eval_metrics)
+        of = (stream, validating, self.judge, self.precision, meter, cadence, hooks, train_step, state.step)
+        run = Run(state, plan, *of, savers=savers)
         run.pending, state.halt = pending, None
         return run
 

@@ -30,6 +30,8 @@ from axontrain.shown import NAME, plain
 
 # Flags wait on the device until a reading; a loop that never reads reads here.
 MOST_PENDING = 1024
+# The scale of losses may have to be halved so often before gradients fit in float16: from 2^16 down to below 1.
+HALVINGS = 20
 
 
 class Update:
@@ -55,6 +57,7 @@ class Update:
         self.skipped = 0
         self.in_a_row = 0
         self.clock: Clock | None = None
+        self.scaled = False  # whether losses are scaled: then gradients overflow now and then, and nothing is wrong
         self._pending: list[tuple[int, Tensor, Tensor, Mapping[str, Any]]] = []
         self._ones: dict[torch.device, Tensor] = {}
         # Of so many gradients: whether one kernel can look through them all, and whether any is sparse.
@@ -107,7 +110,7 @@ class Update:
             norm = _norm(gradients, loss.device)
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         step = clock.step + 1 if clock is not None else len(self._pending) + 1
-        if spec.on_nonfinite == "raise" and flag.item():
+        if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
             raise NonFiniteError(self._described(step, loss, terms))
         if spec.clip_value is not None:
             for gradient in gradients:
@@ -141,13 +144,21 @@ class Update:
         if not skipped:
             return
         left_out = [entry for flag, entry in zip(flags, pending, strict=True) if flag]
+        patience = self.spec.patience
+        if self.scaled:
+            patience += HALVINGS
+            if longest < patience:
+                left_out = [entry for entry in left_out if not math.isfinite(float(entry[2]))]
+                skipped = len(left_out)
+            if not skipped:
+                return
         told = "; ".join(f"step {step}: {_terms(loss, terms)}" for step, _, loss, terms in left_out[:4])
         more = f"; ... step {left_out[-1][0]}" if skipped > 4 else ""
         many, were = ("1 update", "was") if skipped == 1 else (f"{skipped} updates", "were")
         message = f"{many} of the optimizer {self.name!r} {were} skipped as not finite ({told}{more})"
-        if longest >= self.spec.patience:
+        if longest >= patience:
             raise NonFiniteError(
-                f"{message}; {longest} in a row, patience={self.spec.patience}. The weights are those from before. Lower "
+                f"{message}; {longest} in a row, patience={patience}. The weights are those from before. Lower "
                 f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first."
             )
         warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)

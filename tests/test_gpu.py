@@ -1,5 +1,7 @@
 """On a GPU: it learns there, the data may live there, and no step waits for the device."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -181,3 +183,52 @@ def test_checkpoints_written_meanwhile_are_of_their_steps(tmp_path, deterministi
         again.fit(**fit, resume=True)
         for name, value in whole.objective.state_dict().items():
             assert torch.equal(value, again.objective.state_dict()[name]), (path.name, name)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64"])
+def test_each_precision_learns(precision):
+    train, test = ax.data.digits()
+    torch.manual_seed(0)
+    loop = ax.Loop(Digits(), ax.Optimizer("adamw", lr=3e-3, clip_norm=1.0), precision=precision, progress=False)
+    result = loop.fit(train, test, epochs=5, batch_size=64, microbatch=48 if precision == "fp16" else None)
+    assert result.values["val/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("microbatch", [None, 16])
+def test_a_step_in_fp16_does_not_wait_for_the_device(microbatch):
+    loop = ax.Loop(Varied(), ax.Optimizer("adamw", lr=1e-3, clip_norm=1.0), precision="fp16", progress=False)
+    objective = loop.objective
+    objective.predict = objective.net.forward
+    waits = []
+
+    @loop.on("after_backward")
+    def look(state):
+        if state.step == 3:
+            torch.cuda.set_sync_debug_mode("error")
+
+    @loop.on("after_batch")
+    def look_away(state):
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(state.step)
+
+    train = ax.data.digits()[0].to("cuda")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        warnings.filterwarnings("ignore", ".*normalise over the samples")
+        loop.fit(train, epochs=1, batch_size=64, limit=6, microbatch=microbatch)
+    assert len(waits) == 6
+
+
+def test_memory_that_runs_out_is_halved(monkeypatch):
+    """On the device's own allocator."""
+
+    class Hungry(Digits):
+        def predict(self, images):
+            if len(images) > 20:
+                torch.empty(2**50, dtype=torch.uint8, device="cuda")
+            return self.net(images)
+
+    loop = ax.Loop(Hungry(), ax.Optimizer("adamw", lr=1e-3), progress=False)
+    with pytest.warns(ax.AxonWarning, match="microbatches of 16"):
+        loop.fit(ax.data.digits()[0], epochs=1, batch_size=64, limit=4, microbatch="auto")
+    assert loop.state.step == 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class Stream:
         strict: raise where a batch's structure or trailing shape differs from the first's, or a list of batches looks like
             one of samples.
         device: where batches are moved; None leaves them.
+        convert: what is made of each batch there, as one in another precision.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Stream:
         accumulate: int | None = None,
         strict: bool = True,
         device: torch.device | None = None,
+        convert: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.data, self.name, self.device = data, name, device
+        self.data, self.name, self.device, self.convert = data, name, device, convert
         self.limit = None if limit is None else whole("limit", limit, what="of batches")
         self.accumulate = None if accumulate is None else whole("accumulate", accumulate, what="of batches")
         reject_frame(data, name)
@@ -124,10 +126,11 @@ class Stream:
         Raises:
             EmptyDataError: if a pass gives no batch at all.
         """
-        if self.accumulate is None:
-            return self._batches(seed, epoch, start, self.limit, step)
-        limit = None if self.limit is None else self.limit * self.accumulate
-        return _accumulated(self._batches(seed, epoch, start * self.accumulate, limit, step), self.accumulate)
+        together, limit = self.accumulate or 1, self.limit
+        batches = self._batches(seed, epoch, start * together, None if limit is None else limit * together, step)
+        if self.convert is not None:
+            batches = map(self.convert, batches)
+        return batches if self.accumulate is None else _accumulated(batches, self.accumulate)
 
     def _batches(self, seed: int, epoch: int, start: int, limit: int | None, step: int | None) -> Iterator[Any]:
         cuda = self.device is not None and self.device.type == "cuda"

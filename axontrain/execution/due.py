@@ -120,7 +120,7 @@ def _validate(run: Run, readings: dict[str, Any]) -> None:
     rest = [one for one in state.owed if one == AFTER_EPOCH]
     state.owed = [EVALUATE, *rest]
     try:
-        found = evaluate(run.judge, run.validation, run.meter, state.seed, run.interrupted)
+        found = evaluate(run.judge, run.validation, run.meter, state.seed, run.precision, run.interrupted)
     except BaseException:
         _record(state, readings)
         raise

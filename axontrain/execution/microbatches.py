@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from axontrain import randomness
 from axontrain.data.structure import cut, joined, tensors
 from axontrain.errors import ConfigurationError, DataError, LossError, kind_of, warn, whole
+from axontrain.execution.precision import Precision, Scaler
 from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
 from axontrain.objective import Accumulated, Objective, Step, TaskBatch, batch_size
 from axontrain.state import LoopState
@@ -143,26 +144,31 @@ class OneLossInParts(OneLoss):
         objective: Objective,
         state: LoopState,
         after_backward: Callable[[LoopState], None] | None,
+        precision: Precision,
         cut: Cut,
+        scaler: Scaler | None,
         keeps_predictions: bool,
     ) -> None:
-        super().__init__(objective, state, after_backward)
-        self.cut, self.keeps_predictions = cut, keeps_predictions
+        super().__init__(objective, state, after_backward, precision)
+        self.cut, self.scaler, self.keeps_predictions = cut, scaler, keeps_predictions
         self.retry = Retry(objective, cut) if isinstance(cut, AutoCut) else None
 
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
             self.buffers.keep()
         step = self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
-        return self.finished(step)
+        step = self.finished(step)
+        if self.scaler is not None:
+            self.scaler.update(step.skipped)  # type: ignore[arg-type]  # there is at least one update
+        return step
 
     def _accumulated(self, batch: Any) -> Step:
         parts = self.cut(batch)
-        sums = Sums([p for p in self.objective.parameters() if p.requires_grad], batch, len(parts))
+        sums = Sums([p for p in self.objective.parameters() if p.requires_grad], batch, len(parts), self.scaler)
         steps = []
         with sums.zeros_masked():
             for part in parts:
-                step: Step = self.objective.train_step(part)  # type: ignore[assignment]  # no generator: see runner
+                step: Step = self.train_step(part)
                 check(step, self.objective)
                 sums.add(step.loss, step.weight)
                 let_go(step)
@@ -181,11 +187,13 @@ class SeveralLossesInParts(SeveralLosses):
         objective: Objective,
         state: LoopState,
         after_backward: Callable[[LoopState], None] | None,
+        precision: Precision,
         cut: Cut,
+        scaler: Scaler | None,
         keeps_predictions: bool,
     ) -> None:
-        super().__init__(objective, state, after_backward)
-        self.cut, self.keeps_predictions = cut, keeps_predictions
+        super().__init__(objective, state, after_backward, precision)
+        self.cut, self.scaler, self.keeps_predictions = cut, scaler, keeps_predictions
 
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
@@ -206,7 +214,7 @@ class SeveralLossesInParts(SeveralLosses):
             if isinstance(found[0], Ended):
                 break
             update = found[0][0]
-            sums = Sums([p for p in update.tensors if p.requires_grad], batch, len(parts))
+            sums = Sums([p for p in update.tensors if p.requires_grad], batch, len(parts), self.scaler)
             told = []
             with sums.zeros_masked():
                 for index, ((_, loss, terms), weight) in enumerate(zip(found, weights, strict=True)):
@@ -222,11 +230,13 @@ class SeveralLossesInParts(SeveralLosses):
                 losses.setdefault(name, []).append(value)  # type: ignore[arg-type]  # merged values are tensors
         ends = [end.step for end in found]
         step = self.step_of(batch, losses, self._returned(ends, parts))
+        if self.scaler is not None and skipped is not None:
+            self.scaler.update(skipped)
         return self.finished(step, skipped)
 
     def _next(self, generator: Any) -> Any:
         try:
-            return self.taken(next(generator))
+            return self.taken(self.next(generator))
         except StopIteration as stop:
             return Ended(stop.value)
 
@@ -254,10 +264,11 @@ class Sums:
         parameters: whose gradients.
         batch: the whole of it.
         count: of its parts.
+        scaler: of losses, if there is one.
     """
 
-    def __init__(self, parameters: list[Tensor], batch: Any, count: int) -> None:
-        self.parameters, self.count = parameters, count
+    def __init__(self, parameters: list[Tensor], batch: Any, count: int, scaler: Scaler | None) -> None:
+        self.parameters, self.count, self.scaler = parameters, count, scaler
         self.near: float | Tensor | None = None  # what the weights will about sum up to
         self.samples = max(1, batch_size(batch))
         self.weight: float | Tensor = 0
@@ -282,13 +293,17 @@ class Sums:
             scaled = loss * (weight / self.near if weight else float("nan"))
         else:
             return
+        if self.scaler is not None:
+            scaled = self.scaler.scaled(scaled)
         scaled.backward(inputs=inputs)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
         """Bring the gradients to the mean over the items of all parts."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler is not None:
+            self.scaler.unscale(gradients)
         if self.near is None or (not isinstance(self.near, Tensor) and self.near == self.weight):
             return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
         factor = self.near / self.weight if isinstance(self.weight, Tensor) or self.weight else 1.0
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.device) if isinstance(factor, Tensor) else factor)

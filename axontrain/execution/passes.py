@@ -12,6 +12,7 @@ from axontrain import randomness
 from axontrain.data.stream import Stream
 from axontrain.execution import modes
 from axontrain.execution.notes import noted, reading
+from axontrain.execution.precision import Precision
 from axontrain.execution.steps import check_eval
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective, batch_size, task_of
@@ -20,19 +21,25 @@ END = object()
 
 
 @contextlib.contextmanager
-def evaluating(objective: Objective, seed: int) -> Iterator[None]:
+def evaluating(objective: Objective, seed: int, precision: Precision) -> Iterator[None]:
     """Eval mode, no gradients, and random numbers that follow from the run's seed, for the block."""
-    with modes.evaluation(objective), randomness.seeded(randomness.derive(seed, "evaluate")), torch.no_grad():
+    random = randomness.seeded(randomness.derive(seed, "evaluate"))
+    with modes.evaluation(objective), random, torch.no_grad(), precision.settings(), precision.computing():
         yield
 
 
 def evaluate(
-    objective: Objective, stream: Stream, meter: Meter, seed: int, interrupted: Callable[[], bool] | None = None
+    objective: Objective,
+    stream: Stream,
+    meter: Meter,
+    seed: int,
+    precision: Precision,
+    interrupted: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Evaluate over all of a stream: the readings, means by items; none where it was interrupted."""
     meter.reset()
     meter.tasks = stream.tasks
-    with evaluating(objective, seed):
+    with evaluating(objective, seed, precision):
         for index, batch in enumerate(reading(stream.batches(seed, 0), "in evaluation")):
             with noted(f"in evaluation, batch {index}", batch, objective):
                 step = objective.eval_step(batch)
@@ -47,13 +54,13 @@ def evaluate(
     return meter.read(last=True)
 
 
-def predicting(objective: Objective, stream: Stream, seed: int) -> Iterator[tuple[Any, int]]:
+def predicting(objective: Objective, stream: Stream, seed: int, precision: Precision) -> Iterator[tuple[Any, int]]:
     """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
     rng = None
     batches: Generator[Any, None, None] | None = None
     with contextlib.closing(stream), contextlib.ExitStack() as stack:
         while True:
-            with evaluating(objective, seed):
+            with evaluating(objective, seed, precision):
                 if rng is not None:
                     randomness.restore(rng)
                 if batches is None:
@@ -65,6 +72,6 @@ def predicting(objective: Objective, stream: Stream, seed: int) -> Iterator[tupl
                 with noted("in prediction", batch, objective):
                     prediction = objective.predict(objective.split(batch)[0])
                 size, rng = batch_size(batch), randomness.capture()
-            yield prediction, size
+            yield precision.shown(prediction), size
     if rng is None:
         raise stream.empty()

@@ -18,6 +18,7 @@ from axontrain.data.stream import Stream
 from axontrain.errors import WorkerError
 from axontrain.execution import modes
 from axontrain.execution.notes import note
+from axontrain.execution.precision import Precision
 from axontrain.execution.signals import SIGTERM, TERMINATED, interruptible
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
@@ -41,6 +42,7 @@ class Run:
     train: Stream
     validation: Stream | None
     judge: Objective  # of validation
+    precision: Precision
     meter: Meter  # of validation
     validate: Cadence
     hooks: Hooks
@@ -175,6 +177,7 @@ def session(run: Run) -> Iterator[None]:
         stack.enter_context(run.lock)
         stack.enter_context(interruptible(lambda reason: ask(run, reason)))
         stack.enter_context(modes.training(state.objective))
+        stack.enter_context(run.precision.settings())
         stack.enter_context(stream_of(state))
         state.start_clock()
         try:

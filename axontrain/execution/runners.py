@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from axontrain.errors import ConfigurationError
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
+from axontrain.execution.precision import FP32, Precision, Scaler
 from axontrain.execution.steps import OneLoss, Runner, SeveralLosses
 from axontrain.objective import Objective
 from axontrain.state import LoopState
@@ -17,6 +18,8 @@ def runner(
     after_backward: Callable[[LoopState], None] | None,
     cut: Cut | None = None,
     *,
+    precision: Precision = FP32,
+    scaler: Scaler | None = None,
     keeps_predictions: bool = True,
 ) -> Runner:
     """Choose how this objective is trained: by one loss or by a generator of several, of whole batches or part by part.
@@ -25,19 +28,24 @@ def runner(
         state: the Loop's.
         after_backward: a hook, or None.
         cut: how batches are cut; None leaves them whole.
+        precision: what it computes in.
+        scaler: of losses, if the precision has one.
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
     """
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
     after_backward = None if after_backward is None else _within_a_step(after_backward)
     several = inspect.isgeneratorfunction(objective.train_step)
+    if cut is None and scaler is None:
+        return (SeveralLosses if several else OneLoss)(objective, state, after_backward, precision)
     if cut is None:
-        return (SeveralLosses if several else OneLoss)(objective, state, after_backward)
+        cut, keeps_predictions = Cut(None), True
     if several and isinstance(cut, AutoCut):
         raise ConfigurationError(
             "microbatch='auto' does a step again that runs out of memory, and one of several updates may have done the first "
             "of them: give a number of samples"
         )
-    return (SeveralLossesInParts if several else OneLossInParts)(objective, state, after_backward, cut, keeps_predictions)
+    kind = SeveralLossesInParts if several else OneLossInParts
+    return kind(objective, state, after_backward, precision, cut, scaler, keeps_predictions)
 
 
 def _within_a_step(hook: Callable[[LoopState], None]) -> Callable[[LoopState], None]:

@@ -30,14 +30,16 @@ def describe(
     metrics: Mapping[str, Any],
     callbacks: Iterable[Callback],
     device: torch.device,
+    precision: str,
 ) -> dict[str, Any]:
     """What a run is made of, in plain values."""
     parameters = dict(state.objective.named_parameters())
     names = clean_names(state.objective)
-    own = ("cadence/", "callback/", "data", "microbatch")
+    own = ("cadence/", "callback/", "data", "microbatch", "scaler")
     return {
         "versions": {"axontrain": VERSION, "torch": str(torch.__version__)},
         "device": device.type,
+        "precision": precision,
         "data": train.described(),
         "validation": None if validation is None else validation.described(),
         "validate": str(validate),
@@ -103,6 +105,8 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
         changes += [f"{change}, so that the schedule sees another progress" for change in _differences("", old, limits, limits)]
     for change in _differences("the version of ", saved["versions"], now["versions"], ("axontrain", "torch")):
         changes.append(f"{change}; numbers may differ in their last bits")
+    for change in _differences("the ", {"precision": "fp32", **saved}, now, ("precision",)):
+        changes.append(f"{change}; numbers are others from here on")
     for change in _differences("the ", saved, now, ("device",)):
         changes.append(f"{change}; numbers differ in their last bits, and what is random differs")
     return "; ".join(changes)

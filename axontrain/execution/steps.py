@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import LossError, NonFiniteError, ObjectiveError, kind_of, unknown
+from axontrain.execution.precision import Precision
 from axontrain.guard import BufferGuard
 from axontrain.objective import Objective, Step, total
 from axontrain.state import LoopState
@@ -20,8 +21,11 @@ Runner = Callable[[Any], Step]
 class OneLoss:
     """``train_step`` returns a Step: one backward, then every optimizer updates its parameters."""
 
-    def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
+    def __init__(
+        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None, precision: Precision
+    ) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
+        self.train_step = precision.within(objective.train_step)
         self.updates = [optimizer.update for optimizer in state.optimizers.values()]
         self.buffers = BufferGuard.of(objective)
         self.checked = False
@@ -29,7 +33,7 @@ class OneLoss:
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
             self.buffers.keep()
-        step: Step = self.objective.train_step(batch)  # type: ignore[assignment]  # no generator: see runner
+        step: Step = self.train_step(batch)
         if not self.checked:
             check(step, self.objective)
             self.checked = True
@@ -63,8 +67,11 @@ class OneLoss:
 class SeveralLosses:
     """``train_step`` is a generator: it yields ``(optimizer_name, loss)`` for each update."""
 
-    def __init__(self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> None:
+    def __init__(
+        self, objective: Objective, state: LoopState, after_backward: Callable[[LoopState], None] | None, precision: Precision
+    ) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
+        self.next = precision.within(next)
         self.buffers = BufferGuard.of(objective)
 
     def __call__(self, batch: Any) -> Step:
@@ -76,7 +83,7 @@ class SeveralLosses:
         returned = None
         while True:
             try:
-                yielded = next(generator)
+                yielded = self.next(generator)
             except StopIteration as stop:
                 returned = stop.value
                 break

@@ -1,0 +1,261 @@
+"""Each precision computes in what it says, is never changed silently, and goes on bit for bit."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from resume_runs import leaves
+from torch import nn
+
+import axontrain as ax
+from axontrain.execution.precision import PERIOD, Precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def table(n=64, seed=0):
+    x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+    return ax.ArrayDataset(x, (x.sum(1) > 0).long())
+
+
+class Seen(ax.Objective):
+    """Remembers the dtypes that it saw."""
+
+    metrics = ("accuracy",)
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
+        self.dtypes = set()
+
+    def predict(self, x):
+        logits = self.net(x)
+        self.dtypes.add((self.training, x.dtype, logits.dtype))
+        return logits
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def made(precision, directory=None, *, start=0, stop=None, optimizer="adamw"):
+    torch.manual_seed(start)
+    optimizer = ax.Optimizer(optimizer, lr=0.01, clip_norm=1.0)
+    loop = ax.Loop(Seen(), optimizer, precision=precision, progress=False, directory=directory)
+    if stop is not None:
+        loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == stop else None)
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("precision", "parameters", "inputs", "logits", "predictions"),
+    [
+        ("fp32", torch.float32, torch.float32, torch.float32, torch.float32),
+        ("bf16", torch.float32, torch.float32, torch.bfloat16, torch.float32),
+        ("fp16", torch.float32, torch.float32, torch.float16, torch.float32),
+        ("bf16-true", torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        ("fp64", torch.float64, torch.float64, torch.float64, torch.float64),
+    ],
+)
+def test_it_computes_in_what_it_says(precision, parameters, inputs, logits, predictions):
+    loop = made(precision)
+    result = loop.fit(table(), table(16, 1), epochs=8, batch_size=16)
+    assert loop.objective.dtypes == {(True, inputs, logits), (False, inputs, logits)}
+    assert {p.dtype for p in loop.objective.parameters()} == {parameters}
+    states = loop.state.optimizers["main"].optimizers[0].state.values()
+    momenta = {value.dtype for state in states for value in state.values() if value.dim()}
+    assert momenta == {parameters}
+    assert result.values["val/accuracy"] > 0.7
+    assert loop.predict(table(16, 1)).dtype is predictions
+    assert {batch.dtype for batch in loop.predict(table(16, 1), stream=True)} == {predictions}
+    assert set(loop.evaluate(table(16, 1))) == {"loss", "accuracy"}
+    loop.train_on_batch(table().gather(torch.arange(8)))
+    assert loop.objective.dtypes == {(True, inputs, logits), (False, inputs, logits)}
+    assert loop.check(table()).problems == []
+
+
+def test_bf16_is_what_autocast_by_hand_gives():
+    batches = list(ax.Loader(table(), 16))
+    torch.manual_seed(0)
+    net = Seen().net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, fused=True)
+    seen = []
+    loop = made("bf16", optimizer="sgd")
+    loop.objective.net[3].p = net[3].p = 0.0
+    loop.on("after_batch")(lambda state: seen.append(float(state.last.loss)))
+    loop.fit(batches, epochs=2)
+    by_hand = []
+    for _ in range(2):
+        for x, y in batches:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            by_hand.append(loss.item())
+    assert seen == by_hand
+
+
+class Small(ax.Objective):
+    """Gradients of 2^-30 through a product in half precision, which is below what float16 has."""
+
+    def __init__(self, size=2.0**-30):
+        super().__init__()
+        self.net = nn.Linear(4, 4, bias=False)
+        nn.init.ones_(self.net.weight)
+        self.size = size
+
+    def predict(self, x):
+        return self.net(x)
+
+    def loss(self, outputs, _):
+        return (outputs.float() * self.size).sum() / len(outputs)
+
+
+def unscaled(objective, precision, **fit):
+    seen = []
+    loop = ax.Loop(objective, ax.Optimizer("sgd", lr=1.0), precision=precision, progress=False)
+    loop.on("after_backward")(lambda state: seen.append(state.objective.net.weight.grad.clone()))
+    loop.fit([torch.ones(2, 4)], epochs=1, **fit)
+    return seen[0], loop
+
+
+@pytest.mark.parametrize("fit", [{}, {"microbatch": 1}])
+def test_small_gradients_survive_in_fp16_and_hooks_see_them_unscaled(fit):
+    with torch.autocast("cpu", torch.float16):
+        objective = Small()
+        objective.loss(objective.predict(torch.ones(2, 4)), None).backward()
+    assert not objective.net.weight.grad.any()  # without a scale they vanish
+    gradient, loop = unscaled(Small(), "fp16", **fit)
+    torch.testing.assert_close(gradient, torch.full((4, 4), 2.0**-30), rtol=1e-3, atol=0)
+    assert float(loop.state.last.loss) == pytest.approx(16 * 2.0**-30)
+
+
+def test_an_overflow_halves_the_scale_changes_nothing_and_is_no_matter_of_warning():
+    loop = ax.Loop(Small(2.0), ax.Optimizer("sgd", lr=1e-3), precision="fp16", progress=False)
+    scaler, before = loop.state.attached["scaler"], loop.objective.net.weight.detach().clone()
+    scales = []
+
+    @loop.on("after_batch")
+    def look(state):
+        scales.append(float(scaler.scale))
+        if len(scales) == 1:
+            assert torch.equal(before, state.objective.net.weight)
+            assert float(state.last.skipped) == 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.fit([torch.ones(2, 4)] * 4, epochs=1)
+    assert scales == [2.0**15, 2.0**14, 2.0**14, 2.0**14]
+    assert loop.state.optimizers["main"].skipped == 2
+    assert not torch.equal(before, loop.objective.net.weight)
+
+
+def test_the_scale_doubles_at_its_period():
+    loop = ax.Loop(Small(), ax.Optimizer("sgd", lr=1e-3), precision="fp16", progress=False)
+    scaler = loop.state.attached["scaler"]
+    scaler.good.fill_(PERIOD - 2)
+    scales = []
+    loop.on("after_batch")(lambda state: scales.append(float(scaler.scale)))
+    loop.fit([torch.ones(2, 4)] * 3, epochs=1)
+    assert scales == [2.0**16, 2.0**17, 2.0**17]
+
+
+def test_a_loss_that_is_not_finite_is_told_all_the_same():
+    loop = ax.Loop(Small(), ax.Optimizer("sgd", lr=1e-3), precision="fp16", progress=False)
+    with pytest.warns(ax.NonFiniteWarning, match=r"1 update .* \(step 2"):
+        loop.fit([torch.ones(2, 4), torch.full((2, 4), float("nan"))], epochs=1)
+
+
+def test_gradients_that_never_fit_are_an_error_in_the_end():
+    class Root(Small):
+        def loss(self, outputs, _):
+            return outputs.float().sub(outputs.detach().float()).abs().sqrt().sum()  # its gradient at 0 is infinite
+
+    loop = ax.Loop(Root(), ax.Optimizer("sgd", lr=1e-3), precision="fp16", progress=False)
+    with pytest.raises(ax.NonFiniteError, match="in a row"):
+        loop.fit([torch.ones(2, 4)] * 60, epochs=1)
+
+
+def test_several_optimizers_in_fp16():
+    class Two(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def train_step(self, batch):
+            hidden = self.a(batch)
+            yield "b", self.b(hidden.detach()).square().mean()
+            yield "a", self.b(hidden).square().mean()
+
+    weights = {}
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        loop = ax.Loop(Two(), {n: ax.Optimizer("sgd", lr=0.1) for n in "ab"}, precision=precision, progress=False)
+        if precision == "fp16":
+            loop.state.attached["scaler"].scale.fill_(256)  # with which nothing overflows, so that no step is skipped
+        loop.fit([torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(5)], epochs=1)
+        weights[precision] = loop.objective.a.weight.detach()
+    torch.testing.assert_close(weights["fp16"], weights["fp32"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "bf16-true", "fp64"])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path, precision, stop):
+    fit = {"epochs": 2, "batch_size": 16, "resume": True, "microbatch": 8 if stop == 3 else None}
+    whole, again = made(precision, tmp_path / "whole"), made(precision, tmp_path / "run", start=1)
+    result = whole.fit(table(), table(16, 1), **fit)
+    made(precision, tmp_path / "run", stop=stop).fit(table(), table(16, 1), **fit)
+    assert again.fit(table(), table(16, 1), **fit).values == result.values
+    one, other = leaves(whole.save()), leaves(again.save())
+    assert one.keys() == other.keys()
+    assert ("/attached/scaler/scale" in one) == (precision == "fp16")
+    for name, leaf in one.items():
+        assert torch.equal(leaf, other[name]) if isinstance(leaf, torch.Tensor) else leaf == other[name], name
+
+
+def test_another_precision_is_named_when_a_run_goes_on(tmp_path):
+    made("fp32", tmp_path / "run", stop=3).fit(table(), epochs=2, batch_size=16, resume=True)
+    with pytest.warns(ax.AxonWarning, match="the precision: it was 'fp32', and is 'bf16'"):
+        made("bf16", tmp_path / "run").fit(table(), epochs=2, batch_size=16, resume=True)
+
+
+def test_names_that_are_none_are_refused():
+    with pytest.raises(ax.UnknownNameError, match="unknown precision 'bf16-mixed': did you mean 'bf16-true' or 'bf16'"):
+        made("bf16-mixed")
+    with pytest.raises(ax.UnknownNameError):
+        made(16)
+
+
+def test_float16_parameters_are_refused():
+    objective = Small().half()
+    with pytest.raises(ax.ConfigurationError, match=r"net\.weight are float16"):
+        ax.Loop(objective, ax.Optimizer("sgd", lr=0.1), precision="fp16")
+
+
+def test_tf32_is_said_to_have_no_effect_where_it_has_none():
+    with pytest.warns(ax.AxonWarning, match="computed in full"):
+        made("tf32")
+
+
+def test_torchs_settings_are_as_they_were_even_after_an_error():
+    places = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [place.fp32_precision for place in places]
+    during = []
+
+    def fail():
+        with Precision("tf32", CUDA).settings():
+            during.extend(place.fp32_precision for place in places)
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        fail()
+    assert during == ["tf32"] * 3
+    assert [place.fp32_precision for place in places] == before
+
+
+def test_predictions_can_be_taken_to_numpy():
+    loop = made("bf16")
+    assert np.asarray(loop.predict(table(8))).shape == (8, 2)
