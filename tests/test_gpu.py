@@ -13,7 +13,7 @@ from axontrain.execution.runners import runner
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)"),
 ]
 
 
@@ -185,6 +185,7 @@ def test_checkpoints_written_meanwhile_are_of_their_steps(tmp_path, deterministi
             assert torch.equal(value, again.objective.state_dict()[name]), (path.name, name)
 
 
+@pytest.mark.filterwarnings("ignore:.*normalise over the samples")
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64"])
 def test_each_precision_learns(precision):
     train, test = ax.data.digits()
@@ -219,7 +220,8 @@ def test_a_step_in_fp16_does_not_wait_for_the_device(microbatch):
     assert len(waits) == 6
 
 
-def test_memory_that_runs_out_is_halved(monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*normalise over the samples")
+def test_memory_that_runs_out_is_halved():
     """On the device's own allocator."""
 
     class Hungry(Digits):

@@ -25,14 +25,17 @@ def ahead(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     following = _Copy(batches, device, side)
     while True:
         present = following
-        if present.error is None:
-            batch = present.taken()
-            following = _Copy(batches, device, side)
-            yield batch
-        elif isinstance(present.error, StopIteration):
+        if present.ended:
             return
-        else:
-            raise present.error
+        if present.error is not None:
+            error, present.error = present.error, None
+            try:
+                raise error
+            finally:
+                del error  # or its traceback, which holds this frame, would be a cycle that keeps the workers
+        batch = present.taken()
+        following = _Copy(batches, device, side)
+        yield batch
 
 
 @functools.cache
@@ -46,9 +49,13 @@ class _Copy:
 
     def __init__(self, batches: Iterator[Any], device: torch.device, side: Any) -> None:
         self.error: Exception | None = None
+        self.ended = False
         self.device = device
         try:
             batch = next(batches)
+        except StopIteration:
+            self.ended = True
+            return
         except Exception as error:
             self.error = error
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import pickle
 import signal
@@ -158,6 +159,8 @@ class Workers:
             if self._loader._iterator is None:
                 self._begun.value = 0
                 self._begin.by_main_thread = threading.current_thread() is threading.main_thread()
+                with _garbage_is_left_to_this_process():
+                    return iter(self._loader)
             return iter(self._loader)
 
     def _next(self, batches: Any, waiting: deque[Task]) -> Any:
@@ -255,6 +258,20 @@ class _Begin:
                 torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
         with self.begun.get_lock():
             self.begun.value += 1
+
+
+@contextlib.contextmanager
+def _garbage_is_left_to_this_process() -> Iterator[None]:
+    # A process that is forked within the block collects nothing of what there is: to free what lay on a GPU, or to close a file
+    # twice, is not its business (the first ends it), and what it does not look at stays shared.
+    if gc.get_freeze_count():  # the user has
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def checked_method(start_method: str | None) -> str | None:

@@ -53,7 +53,8 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
             yield f"the batch holds float64, the parameters are {', '.join(dtypes)}: convert the data, as by .float()"
     if "0D or 1D target" in text or "multi-target not supported" in text:
         yield "cross_entropy takes class numbers of shape (B,): for targets of shape (B, 1), squeeze them, as by .squeeze(-1)"
-    if "expected scalar type Long" in text or "not implemented for 'Int'" in text or "expected target dtype" in text:
+    wrong = ("expected scalar type Long", "not implemented for 'Int'", "expected target dtype", '"nll_loss')
+    if any(part in text for part in wrong):  # the last is a GPU's
         yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
     if "more than 1 value per channel" in text:
         yield "a BatchNorm cannot train on a batch of one sample: ax.Loader(..., drop_last=True) leaves a small last batch out"

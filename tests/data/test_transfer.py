@@ -1,16 +1,33 @@
 """On a GPU: batches are copied while it computes on the one before, and their memory is not handed out too early."""
 
+import gc
+
 import pytest
 import torch
 from made_datasets import Noisy, noise
+from process_table import children, gone
 
 import axontrain as ax
 from axontrain.data.transfer import ahead
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device on this machine"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)"),
 ]
+
+
+class Collecting(Noisy):
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+class Failing(Noisy):
+    def __getitem__(self, index):
+        if index == 20:
+            raise ValueError("twenty")
+        return super().__getitem__(index)
+
 
 CYCLES = 20_000_000  # of the device's clock: some 10 ms
 
@@ -105,3 +122,31 @@ def test_arrays_on_the_device_are_shuffled_and_transformed_there():
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(here, again, strict=True))
     assert torch.cat([labels for _, labels in here[:8]]).tolist() == ax.order(0, 0, 64).tolist()
     assert any(bool((images < 0).any()) for images, _ in here)
+
+
+def test_a_worker_begins_though_there_is_garbage_on_the_device():
+    """What was used by several streams is freed with calls of CUDA, which a forked process cannot make."""
+    kept = []
+    kept.append(kept)
+    for _ in range(64):
+        kept.append(torch.zeros(1_000_000, device="cuda"))
+        kept[-1].record_stream(torch.cuda.Stream())
+    del kept
+    loader = ax.Loader(Collecting(), 8, workers=2)
+    assert len(list(loader.batches(0, 0))) == len(loader)
+    loader.close()
+
+
+def test_an_error_in_reading_leaves_no_worker():
+    def read_some():
+        loader = ax.Loader(Failing(), 8, workers=2)
+        with pytest.raises(ValueError, match="twenty"):
+            list(ahead(loader.batches(0, 0), torch.device("cuda", 0)))
+
+    before = set(children())
+    gc.disable()
+    try:
+        read_some()
+        assert gone(set(children()) - before)
+    finally:
+        gc.enable()

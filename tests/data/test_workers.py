@@ -409,6 +409,40 @@ def test_samples_that_read_their_seed_are_the_same_everywhere():
     assert len(torch.cat(whole).unique()) == 48, "and no two alike"
 
 
+class Collecting(Noisy):
+    def __getitem__(self, index):
+        gc.collect()
+        return super().__getitem__(index)
+
+
+class Garbage:
+    """A part of a cycle, as an exception's traceback is; freeing it tells who did."""
+
+    def __init__(self, told):
+        self.told, self.itself = told, self
+
+    def __del__(self):
+        os.write(self.told, b"%d " % os.getpid())
+
+
+def test_a_worker_does_not_collect_the_garbage_of_the_loops_process():
+    """Freeing there what lay on a GPU here ends it."""
+    read_end, write_end = os.pipe()
+    gc.disable()
+    try:
+        Garbage(write_end)
+        expected = gc.get_freeze_count()
+        _, pids = read(Collecting(), workers=2)
+        assert len(pids) == 2
+        assert gc.get_freeze_count() == expected, "and all is to be collected here as before"
+    finally:
+        gc.enable()
+    gc.collect()
+    assert os.read(read_end, 1000) == b"%d " % os.getpid()
+    os.close(read_end)
+    os.close(write_end)
+
+
 def test_predict_leaves_no_worker_though_its_error_is_kept():
     before = set(children())
     loop = ax.Loop(ax.Supervised(torch.nn.Linear(3, 1), "mse"), progress=False)  # 4 features come
