@@ -231,6 +231,7 @@ def test_memory_that_runs_out_is_halved():
             return self.net(images)
 
     loop = ax.Loop(Hungry(), ax.Optimizer("adamw", lr=1e-3), progress=False)
-    with pytest.warns(ax.AxonWarning, match="microbatches of 16"):
+    with pytest.warns(ax.AxonWarning, match="microbatches of") as told:
         loop.fit(ax.data.digits()[0], epochs=1, batch_size=64, limit=4, microbatch="auto")
+    assert ["of 16" in str(warning.message) for warning in told if "fit in memory" in str(warning.message)] == [False, True]
     assert loop.state.step == 4

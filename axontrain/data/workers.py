@@ -159,7 +159,7 @@ class Workers:
             if self._loader._iterator is None:
                 self._begun.value = 0
                 self._begin.by_main_thread = threading.current_thread() is threading.main_thread()
-                with _garbage_is_left_to_this_process():
+                with _no_collection() as self._begin.collects:
                     return iter(self._loader)
             return iter(self._loader)
 
@@ -247,9 +247,13 @@ class _Begin:
     """Runs first in each worker."""
 
     def __init__(self, begun: Any) -> None:
-        self.begun, self.by_main_thread = begun, False
+        self.begun, self.by_main_thread, self.collects = begun, False, True
 
     def __call__(self, worker: int) -> None:
+        # What there is by now is the loop's process's to collect: freeing what lay on a GPU would end this one.
+        gc.freeze()
+        if self.collects:
+            gc.enable()
         # Ctrl-C goes to the whole group of processes: the loop decides what comes of it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if sys.platform == "linux" and self.by_main_thread:
@@ -261,17 +265,15 @@ class _Begin:
 
 
 @contextlib.contextmanager
-def _garbage_is_left_to_this_process() -> Iterator[None]:
-    # A process that is forked within the block collects nothing of what there is: to free what lay on a GPU, or to close a file
-    # twice, is not its business (the first ends it), and what it does not look at stays shared.
-    if gc.get_freeze_count():  # the user has
-        yield
-        return
-    gc.freeze()
+def _no_collection() -> Iterator[bool]:
+    """No garbage collection within the block, nor in what is forked there; gives whether there was any before."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        yield
+        yield collects
     finally:
-        gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 def checked_method(start_method: str | None) -> str | None:
