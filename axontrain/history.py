@@ -50,7 +50,8 @@ class History:
     def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
         """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
         if partial:
-            self.partial = {"row": dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None}
+            row = dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None
+            self.partial = {"row": row, "names": sorted(readings)}
         if self.rows and self.rows[-1]["step"] == step:
             self.rows[-1].update({"epoch": epoch, **readings})
         else:
@@ -89,9 +90,13 @@ class History:
     def take_back(self) -> None:
         """Drop what was read only because a fit ended within an epoch: for a run that goes on as if it had not."""
         if self.partial is not None:
-            del self.rows[-1]
-            if self.partial["row"] is not None:
-                self.rows.append(self.partial["row"])
+            before, now = self.partial["row"] or {}, self.rows.pop()
+            names = self.partial.get("names", now)
+            # What was recorded since, as by a person between two fits, is of the step and stays.
+            kept = {name: value for name, value in now.items() if name not in names and name not in display.COUNTERS}
+            if before or kept:
+                counters = {name: now[name] for name in display.COUNTERS if name in now}
+                self.rows.append({**counters, **before, **kept})
             self.partial = None
 
     def rewrite(self) -> None:

@@ -63,6 +63,7 @@ class Start:
             state.attach("scaler", self.scaler)
             for update in state.optimizers.values():
                 update.scaled = True
+        self._restored = False  # whether the state was replaced since the last fit
         self._at_home = False  # whether what lies in the directory is of this run
         self._last_stream: Stream | None = None
 
@@ -139,6 +140,7 @@ class Start:
                 f"{source}: {error}. To begin anew, choose another directory=; for its weights alone, "
                 f"loop.restore({str(source)!r}, only='objective') or ax.load_weights"
             ) from error
+        self._restored = True
         if self.state.directory is not None and not isinstance(source, Mapping):
             self._at_home |= Path(source).resolve().is_relative_to(self.state.directory.resolve())
 
@@ -155,6 +157,7 @@ class Start:
     ) -> Run:
         state = self.state
         setup = describe(state, stream, validating, every, self.metrics, callbacks, self.precision.device, self.precision.name)
+        setup["microbatch"] = "auto" if isinstance(cut, AutoCut) else None if cut is None else cut.size
         if state.directory is not None:
             runs.sweep(state.directory)
         found = self._found() if resume else ""
@@ -163,6 +166,8 @@ class Start:
         resumed = self._goes_back(found, setup, plan, callbacks)
         self._at_home = True
         same = stream.goes_on_from(self._last_stream) if self._last_stream else same_batches(state.setup, setup)
+        if self._restored:  # what this Loop has read last says nothing of the batches of that state
+            same, self._restored = same and same_batches(state.setup, setup), False
         if resumed and not same and self._last_stream is not None:  # the same data, as far as can be seen, in another object
             stream.load_state_dict(self._last_stream.state_dict())
             same = True
@@ -190,6 +195,9 @@ class Start:
         self._last_stream = stream
         state.attach("data", stream, replace=True)
         if isinstance(cut, AutoCut):
+            before = state.attached.get("microbatch")
+            if resumed and isinstance(before, AutoCut):
+                cut.load_state_dict(before.state_dict())
             state.attach("microbatch", cut, replace=True)
         else:
             state.attached.pop("microbatch", None)

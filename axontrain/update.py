@@ -414,6 +414,7 @@ class Update:
         }
 
     def _load_part(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+        names = {id(p): name for name, p in self.parameters.items()}
         index = {name: i for i, name in enumerate(name for group in self._grouped(optimizer) for name in group)}
         groups, count = [], 0
         for group, of_saved in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -424,6 +425,13 @@ class Update:
             count += size
         state = {index[name]: {k: _like(v, None) for k, v in of.items()} for name, of in saved["state"].items()}
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # torch brings all of it to the dtype of its parameter, where a float32 copy of bfloat16 weights would lose what it is
+        # for; and a file has no strides, which fused kernels take to be the parameter's.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                for key, value in saved["state"].get(names[id(p)], {}).items():
+                    if key != "step" and isinstance(value, Tensor):
+                        optimizer.state[p][key] = _laid_out(value, p, fused=bool(group.get("fused")))
 
 
 def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -508,6 +516,14 @@ def _like(value: Any, own: Any) -> Any:
     if isinstance(own, tuple) and isinstance(value, list):
         return tuple(value)
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _laid_out(value: Tensor, parameter: Tensor, *, fused: bool) -> Tensor:
+    """A tensor of an optimizer's state on its parameter's device and, where it has its shape, in its layout."""
+    if value.shape != parameter.shape:
+        return value.detach().to(parameter.device, copy=True)
+    dtype = parameter.dtype if fused else value.dtype  # a fused kernel does not look at it
+    return torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
 
 
 def _restored(saved: Any, own: Any) -> Any:

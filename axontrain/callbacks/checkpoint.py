@@ -126,8 +126,14 @@ class Checkpoint(Saver):
             return None
         if self._job is not None:
             self._finish()
-        ranked = self.keep.ranked(runs.entries(self._directory))
+        ranked = self.keep.ranked(self._seen_whole(runs.entries(self._directory)))
         return ranked[0].path if ranked else None
+
+    def _seen_whole(self, entries: list[runs.Entry]) -> list[runs.Entry]:
+        """The entries; those of the best that this fit has not seen to be good were read, lest a damaged one rank."""
+        entries, good = runs.looked_at_best(entries, [], self.keep, self._verified)
+        self._verified.update(good)
+        return entries
 
     def before_fit(self, state: LoopState) -> Answer:
         """Complain now rather than when there is something to lose."""
@@ -139,8 +145,7 @@ class Checkpoint(Saver):
             )
         self._directory, self._key = state.directory, lock.key_of(state.directory)
         state.history.guard = partial(self._guard, state.directory)
-        for name, part in state.attached.items():
-            encode({"attached": {name: part.state_dict()}})  # what cannot be saved is an error before the first step
+        encode(state.live(), dict)  # what cannot be saved is an error before the first step
         every: tuple[str | Every, ...] = DEFAULT if self.every is None else (self.every,)
         self._cadences = [
             state.cadence(f"Checkpoint.every{number or ''}", Every.parse(one)) for number, one in enumerate(every)
@@ -168,6 +173,7 @@ class Checkpoint(Saver):
         if not self._sized:  # after the first step, when optimizers have their states
             self._sized = True
             tree = state.live()
+            encode(tree, dict)
             if self._goes_apart(tree):
                 self._snapshot.reserve(int(1.02 * _bytes(tree)))
         due = [cadence.due(state) for cadence in self._all()]  # each is asked, since asking takes the occasion
@@ -215,7 +221,8 @@ class Checkpoint(Saver):
         if self._job is not None:  # of which it is not known yet
             self._finish()
         try:
-            return self.keep.is_among_best(value, runs.entries(_directory(state)))
+            there = [entry for entry in runs.entries(_directory(state)) if entry.step != state.step]
+            return self.keep.is_among_best(value, self._seen_whole(there))
         except OSError:  # which saving will tell
             return True
 

@@ -83,7 +83,7 @@ class Keep:
         if self.monitor is None:
             return []
         monitor, sign = self.monitor, -1 if self.mode == "max" else 1
-        known = [entry for entry in entries if not math.isnan(entry.reading(monitor))]
+        known = [entry for entry in entries if not entry.problem and not math.isnan(entry.reading(monitor))]
         return sorted(known, key=lambda entry: sign * entry.reading(monitor))  # stable: entries come oldest first
 
     def is_among_best(self, value: float, entries: Iterable[Entry]) -> bool:
@@ -103,7 +103,7 @@ class Keep:
         """
         if self.last is None:
             return []
-        good = [entry for entry in entries if not entry.problem]
+        good = [entry for entry in entries if not entry.problem]  # ranked() leaves the others out too
         kept = {id(entry) for entry in (*good[-self.last :], *self.ranked(good)[: self.best], *entries[-1:])}
         return [entry for entry in good if id(entry) not in kept and not entry.permanent]
 
@@ -157,10 +157,15 @@ def told_of(state: LoopState) -> dict[str, Any]:
 def entries(directory: Path) -> list[Entry]:
     """The checkpoints of a run directory, oldest first, as far as a glance tells: the large files are not read."""
     found = []
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        match = NAME.fullmatch(path.name)
-        if match is None:
-            continue
+    there = sorted(directory.iterdir()) if directory.is_dir() else []
+    aside = {}  # of a save of the same name that was killed between its two renames: the last of them is the checkpoint
+    for path in there:
+        left = LEFT.fullmatch(path.name)
+        if left is not None and left["kind"] == "old" and not os.path.lexists(directory / left["name"]):
+            aside[left["name"]] = path
+    for path in sorted([*(path for path in there if NAME.fullmatch(path.name)), *aside.values()]):
+        match = re.match(NAME, path.name)
+        assert match is not None  # so they were chosen
         about: Mapping[str, Any] = {}
         problem, unseen = "", False
         try:
@@ -239,10 +244,34 @@ def commit(directory: Path, name: str, what: files.Encoded, keep: Keep, verified
     # Another checkpoint of the same step is from before a fault that this run has gone back behind.
     again = [entry for entry in there if entry.step == written.step]
     rest = [*(entry for entry in there if entry.step != written.step), written]
-    looked_at, good = _looked_at(rest, keep, verified)
+    looked_at, good = looked_at_best(*_looked_at(rest, keep, verified), keep, [*verified, name])
     for entry in (*again, *keep.superfluous(looked_at)):
         _remove(entry.path)
     return [name, *good]
+
+
+def looked_at_best(there: list[Entry], good: list[str], keep: Keep, verified: Collection[str]) -> tuple[list[Entry], list[str]]:
+    """The entries, where those that would count among the best were read whole; and the names of what was seen to be good."""
+    there, good = list(there), list(good)
+    while True:
+        unknown = [e for e in keep.ranked(there)[: keep.best] if e.path.name not in verified and e.path.name not in good]
+        if not unknown:
+            return there, good
+        for entry in unknown:
+            seen = _read_whole(entry)
+            if not seen.problem:
+                good.append(entry.path.name)
+            there[there.index(entry)] = seen
+
+
+def _read_whole(entry: Entry) -> Entry:
+    try:
+        files.verify(entry.path)
+    except CheckpointError as error:
+        return replace(entry, problem=str(error))
+    except OSError as error:
+        return replace(entry, problem=_not_looked_at(entry.path, error), unseen=True)
+    return entry
 
 
 def _looked_at(there: list[Entry], keep: Keep, verified: Collection[str]) -> tuple[list[Entry], list[str]]:
@@ -252,13 +281,9 @@ def _looked_at(there: list[Entry], keep: Keep, verified: Collection[str]) -> tup
     for entry in reversed(there[:-1]):
         seen = entry
         if wanted > 0 and not entry.problem and entry.path.name not in verified:
-            try:
-                files.verify(entry.path)
+            seen = _read_whole(entry)
+            if not seen.problem:
                 good.append(entry.path.name)
-            except CheckpointError as error:
-                seen = replace(entry, problem=str(error))
-            except OSError as error:
-                seen = replace(entry, problem=_not_looked_at(entry.path, error), unseen=True)
         wanted -= not seen.problem
         looked_at.append(seen)
     return [*reversed(looked_at), there[-1]], good

@@ -71,7 +71,8 @@ def check(tree: Any) -> None:
     if state.get("plan") is not None:
         _plan(state["plan"], "plan")
     if state.get("partial") is not None:
-        row = _of(_only(state["partial"], "partial", "row"), "row", "partial")
+        row = _of(_only(state["partial"], "partial", "row", "names"), "row", "partial")
+        _listed(state["partial"].get("names", []), "partial/names")
         if row is not None:
             _row(row, "partial/row")
         if not state["history"]:

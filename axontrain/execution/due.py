@@ -119,11 +119,13 @@ def _validate(run: Run, readings: dict[str, Any]) -> None:
             run.hooks.before_evaluate(state)
     rest = [one for one in state.owed if one == AFTER_EPOCH]
     state.owed = [EVALUATE, *rest]
+    found: dict[str, Any] = {}
     try:
         found = evaluate(run.judge, run.validation, run.meter, state.seed, run.precision, run.interrupted)
-    except BaseException:
-        _record(state, readings)
-        raise
+    except BaseException as error:
+        if not isinstance(error, RuntimeError) or not run.lost(error):
+            _record(state, readings)
+            raise
     run.validated, interrupted = True, run.interrupted()
     if not interrupted:
         readings = readings | {f"val/{name}": value for name, value in found.items()}

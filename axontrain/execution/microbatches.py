@@ -204,23 +204,24 @@ class SeveralLossesInParts(SeveralLosses):
         losses: dict[str, list[Tensor]] = {}
         skipped: Tensor | None = None
         while True:
-            found = [self._next(generator) for generator in generators]
-            names = {None if isinstance(one, Ended) else one[0].name for one in found}
-            if len(names) > 1:
-                raise LossError(
-                    f"{type(self.objective).__name__}.train_step yields for {names} at one point, by microbatch: each "
-                    f"update needs the losses of all of them"
-                )
-            if isinstance(found[0], Ended):
+            found = self._next(generators[0])
+            if isinstance(found, Ended):
+                ends = [found.step, *(self._ended(generator, None) for generator in generators[1:])]
                 break
-            update = found[0][0]
+            update, loss, terms = found
             sums = Sums([p for p in update.tensors if p.requires_grad], batch, len(parts), self.scaler)
             told = []
             with sums.zeros_masked():
-                for index, ((_, loss, terms), weight) in enumerate(zip(found, weights, strict=True)):
+                for index, weight in enumerate(weights):  # one after the other: each graph is gone before the next is made
+                    if index:
+                        found = self._next(generators[index])
+                        if isinstance(found, Ended) or found[0] is not update:
+                            raise self._apart(update.name, None if isinstance(found, Ended) else found[0].name)
+                        _, loss, terms = found
                     sums.add(loss, weight, inputs=sums.parameters)
-                    told.append((Step(loss.detach(), weight=weight, values=terms), 1))
-                    found[index] = None  # its graph
+                    values = {name: value.detach() for name, value in terms.items()}
+                    told.append((Step(loss.detach(), weight=weight, values=values), 1))
+                    del found, loss, terms
             sums.finish()
             if self.after_backward is not None:
                 self.after_backward(self.state)
@@ -228,8 +229,8 @@ class SeveralLossesInParts(SeveralLosses):
             skipped = self.updated(update, step.loss, step.values, skipped)
             for name, value in {f"{update.name}_loss": step.loss, **step.values}.items():
                 losses.setdefault(name, []).append(value)  # type: ignore[arg-type]  # merged values are tensors
-        ends = [end.step for end in found]
-        step = self.step_of(batch, losses, self._returned(ends, parts))
+        total = sum(weights[1:], weights[0])
+        step = self.step_of(total, losses, self._returned(ends, parts))
         if self.scaler is not None and skipped is not None:
             self.scaler.update(skipped)
         return self.finished(step, skipped)
@@ -239,6 +240,19 @@ class SeveralLossesInParts(SeveralLosses):
             return self.taken(self.next(generator))
         except StopIteration as stop:
             return Ended(stop.value)
+
+    def _ended(self, generator: Any, name: str | None) -> Any:
+        found = self._next(generator)
+        if not isinstance(found, Ended):
+            raise self._apart(name, found[0].name)
+        return found.step
+
+    def _apart(self, one: str | None, other: str | None) -> LossError:
+        told = " and ".join("nothing" if name is None else repr(name) for name in (one, other))
+        return LossError(
+            f"{type(self.objective).__name__}.train_step yields for {told} at one point, by microbatch: each update needs the "
+            f"losses of all of them"
+        )
 
     def _returned(self, ends: Sequence[Any], parts: Parts) -> Any:
         if not all(isinstance(end, Step) for end in ends):
@@ -278,9 +292,10 @@ class Sums:
     def add(self, loss: Tensor, weight: float | Tensor, inputs: Sequence[Tensor] | None = None) -> None:
         """Add the gradient of a part's loss, the mean over ``weight`` items."""
         self.left -= 1
+        if isinstance(weight, Tensor):  # of the loss's own precision: whole numbers would be divided in float32
+            weight = weight.detach().reshape(()).to(torch.promote_types(torch.float32, loss.dtype))
         self.weight = self.weight + weight
         if isinstance(weight, Tensor):
-            weight = weight.detach().reshape(())
             if self.near is None:
                 self.near = weight.clamp_min(1) * self.count
             self._alive = weight > 0
@@ -295,6 +310,8 @@ class Sums:
             return
         if self.scaler is not None:
             scaled = self.scaler.scaled(scaled)
+        if inputs is not None and not inputs:  # all are frozen for now
+            return
         scaled.backward(inputs=inputs)  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
@@ -336,7 +353,8 @@ def merged(steps: Sequence[tuple[Step, int]]) -> Step:
 
     def mean(values: Sequence[Any]) -> Tensor:
         stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values])
-        return (torch.where(weights > 0, stacked * weights, 0.0).sum() / whole).to(stacked.dtype)
+        of_all = torch.where(weights > 0, stacked * weights, 0.0).sum() / whole
+        return of_all.to(stacked.dtype if stacked.is_floating_point() else torch.float32)
 
     names = dict.fromkeys(name for step, _ in steps for name in step.values)
     values: Mapping[str, Tensor] = {name: mean([step.values.get(name, float("nan")) for step, _ in steps]) for name in names}
@@ -362,7 +380,11 @@ class Retry:
     def __call__(self, compute: Callable[[Any], Step], batch: Any) -> Step:
         while True:
             rng = randomness.capture()
-            buffers = {name: buffer.clone() for name, buffer in self.objective.named_buffers()}
+            buffers = [
+                (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+                for module in self.objective.modules()
+                for name, buffer in module._buffers.items()
+            ]
             metrics = [(metric, _copied(metric.metric_state)) for metric in self.metrics]
             failure: Exception | None = None
             try:
@@ -376,8 +398,10 @@ class Retry:
                 return step
             for parameter in self.objective.parameters():
                 parameter.grad = None
-            for name, buffer in self.objective.named_buffers():
-                buffer.copy_(buffers[name])
+            for place, name, buffer, kept in buffers:
+                place[name] = buffer
+                if buffer is not None and kept is not None:
+                    buffer.copy_(kept)
             for metric, states in metrics:
                 for name, value in states.items():
                     setattr(metric, name, value)
@@ -395,7 +419,7 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, of a device or of the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
 
 
 def _copied(states: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,12 @@ class Precision:
 
     def taken(self, objective: Objective) -> Objective:
         """The objective with its floating-point parameters and buffers in this precision."""
-        return objective if self.dtype is None else objective.to(self.dtype)
+        if self.dtype is None:
+            return objective
+        named = (*objective.named_parameters(), *objective.named_buffers())
+        if found := [name for name, tensor in named if tensor.is_complex()]:
+            raise ConfigurationError(f"precision={self.name!r}: {found[0]} is complex, and would lose its imaginary part")
+        return objective.to(self.dtype)
 
     def batch(self, batch: Any) -> Any:
         """A batch with its floating-point tensors in this precision."""

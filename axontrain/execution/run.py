@@ -26,6 +26,7 @@ from axontrain.objective import Objective, Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
+SIGNALLED = 0.3  # seconds within which a signal reaches all of a group of processes
 READ_EVERY_SECONDS = 1.0
 # What an interruption can leave undone at the end of a step: all of validating, all but the draws before it, after_epoch; or
 # all that is due.
@@ -95,8 +96,8 @@ class Run:
                 self.batch = batch
                 yield batch
                 self.batch = None
-        except WorkerError:
-            if self.interrupt:  # SIGTERM for all of a group of processes: the workers are gone too
+        except RuntimeError as error:
+            if self.lost(error):
                 return
             raise
         if state.batch_index == 0:
@@ -121,6 +122,15 @@ class Run:
             return False
         through = state.batch_index == state.epoch_length  # not beyond it: data of no known length may give more than before
         return self.exhausted or through or isinstance(state.request, StopEpoch)
+
+    def lost(self, error: Exception) -> bool:
+        """Whether an error says that workers are gone because SIGTERM went to all of a group of processes."""
+        if not isinstance(error, WorkerError) and "DataLoader worker" not in str(error):  # torch's own has no type for it
+            return False
+        ends = time.perf_counter() + SIGNALLED
+        while not self.interrupt and time.perf_counter() < ends:  # they may have got it a moment before this process
+            time.sleep(0.01)
+        return bool(self.interrupt)
 
     def interrupted(self) -> bool:
         """Whether Ctrl-C or SIGTERM was seen."""

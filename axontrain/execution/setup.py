@@ -107,6 +107,8 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
         changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", {"precision": "fp32", **saved}, now, ("precision",)):
         changes.append(f"{change}; numbers are others from here on")
+    for change in _differences("", {"microbatch": None, **saved}, now, ("microbatch",)):
+        changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", saved, now, ("device",)):
         changes.append(f"{change}; numbers differ in their last bits, and what is random differs")
     return "; ".join(changes)

@@ -89,13 +89,15 @@ class SeveralLosses:
                 break
             update, loss, terms = self.taken(yielded)
             # Only into this optimizer's parameters: a generator's loss leaves nothing behind in the discriminator.
-            loss.backward(inputs=[p for p in update.tensors if p.requires_grad])  # type: ignore[no-untyped-call]
+            if inputs := [p for p in update.tensors if p.requires_grad]:  # else all are frozen for now
+                loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
             if self.after_backward is not None:
                 self.after_backward(self.state)
             skipped = self.updated(update, loss.detach(), terms, skipped)
             for name, value in {f"{update.name}_loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value.detach())
-        return self.finished(self.step_of(batch, losses, returned), skipped)
+        weight = self.objective.weight(batch) if returned is None else 1
+        return self.finished(self.step_of(weight, losses, returned), skipped)
 
     def updated(self, update: Update, loss: Tensor, terms: Mapping[str, Any], skipped: Tensor | None) -> Tensor:
         """Update by one optimizer; above 0 if that or an earlier one of the step was skipped."""
@@ -128,8 +130,8 @@ class SeveralLosses:
         check(Step(loss), self.objective, f"{of} yielded ({name!r}, loss); the")
         return self.state.optimizers[name], loss, terms
 
-    def step_of(self, batch: Any, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
-        """The Step of a batch from the losses that were yielded, and from what the generator returned."""
+    def step_of(self, weight: int | Tensor, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
+        """The Step of a batch from its weight, from the losses that were yielded, and from what the generator returned."""
         if returned is not None and not isinstance(returned, Step):
             raise ObjectiveError(
                 f"{type(self.objective).__name__}.train_step returned {kind_of(returned)}; a generator returns None or a Step"
@@ -142,7 +144,7 @@ class SeveralLosses:
             returned.values = {**values, **returned.values}
             return returned
         sum_of_losses = torch.stack([values[f"{name}_loss"] for name in self.state.optimizers if f"{name}_loss" in values])
-        return Step(sum_of_losses.sum(), weight=self.objective.weight(batch), values=values)
+        return Step(sum_of_losses.sum(), weight=weight, values=values)
 
 
 def let_go(step: Step) -> None:

@@ -71,11 +71,11 @@ class Meter:
                 self._of_tasks[task] = Meter(self._specs_of(task))
             self._of_tasks[task].record(step)
             step = Step(step.loss, weight=step.weight, skipped=step.skipped)
-        values = _detached(step.values) if step.values else step.values
+        values = {k: _of_python(v) for k, v in _detached(step.values).items()} if step.values else step.values
         weights = None
         if self._specs and task is None:
             values, weights = self._measured(step, values)
-        self._losses.append((step.loss, step.weight, step.skipped, values, weights))
+        self._losses.append((step.loss, _of_python(step.weight), step.skipped, values, weights))
         if len(self._losses) == FOLD:
             self._sums = merge(self._sums, self._fold())
             self._losses = []
@@ -377,6 +377,12 @@ def _detached(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_detached(item) for item in value]
     return value
+
+
+def _of_python(value: Any) -> Any:
+    """A number of Python's in place of one of NumPy's, which a saved state does not hold."""
+    numpys = not isinstance(value, (Tensor, int, float)) and hasattr(value, "item")
+    return value.item() if numpys else value
 
 
 def _of_samples(weights: Any, targets: Any) -> Tensor:

@@ -390,7 +390,7 @@ def test_it_is_halved_until_it_fits_and_nothing_else_knows():
     fixed = hungry(9, epochs=2, microbatch=8)
     one, other = flat(auto.save()), flat(fixed.save())
     for name, leaf in other.items():
-        if "elapsed" not in name:
+        if "elapsed" not in name and name != "/setup/microbatch":
             assert torch.equal(leaf, one[name]) if isinstance(leaf, torch.Tensor) else leaf == one[name], name
     assert float(auto.objective.seen) == 140
     assert auto.state.history.rows == fixed.state.history.rows
