@@ -131,6 +131,8 @@ class Saver(Callback, abc.ABC):
     So what it saves is one and the same step. The engine asks beforehand when to look up for it.
     """
 
+    failed = False  # whether the last save did
+
     @abc.abstractmethod
     def next_step(self, state: LoopState) -> float:
         """No step before this one needs it."""

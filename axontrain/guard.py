@@ -27,9 +27,7 @@ class Guard:
     def __init__(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
         self.optimizer, self.fused = optimizer, fused
         kind = type(optimizer)
-        # SGD's dampening is left out of its first step, so a first step on zeros would not be the same.
-        damped = any(group.get("dampening", 0) for group in optimizer.param_groups)
-        self.zeros = kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not damped
+        self.zeros = self._begins_as_zeros()
         self.kept: list[Tensor] = []
         self.live: list[Tensor] = []
         self.states = -1
@@ -78,8 +76,17 @@ class Guard:
                 group["fused"] = False
 
     def forget(self) -> None:
-        """Look up anew what the optimizer changes: its state was replaced."""
+        """Look up anew what the optimizer changes: its state and its options were replaced."""
+        self.zeros = self._begins_as_zeros()
+        if any(group.get("dampening", 0) for group in self.optimizer.param_groups):
+            self.unfuse()  # its kernel could not be skipped then
         self.live, self.kept, self.states = [], [], -1 if self.zeros else len(_states(self.optimizer))
+
+    def _begins_as_zeros(self) -> bool:
+        kind = type(self.optimizer)
+        # SGD's dampening is left out of its first step, so a first step on zeros would not be the same.
+        damped = any(group.get("dampening", 0) for group in self.optimizer.param_groups)
+        return kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not damped
 
     def _keep(self) -> None:
         if not self.live:

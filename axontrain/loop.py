@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,13 @@ from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
 from axontrain.data.stream import DEFAULT_BATCH_SIZE
 from axontrain.data.structure import joined, to_device
-from axontrain.errors import ConfigurationError, kind_of, reject, unknown
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown
 from axontrain.execution import due, modes, passes
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import DUE, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
+from axontrain.execution.signals import TERMINATED
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import resolve
@@ -102,7 +104,7 @@ class Loop:
         eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
         self.callbacks = callback.checked(callbacks)
         self.strict, self.progress = strict, progress
-        if directory is not None and not isinstance(directory, (str, os.PathLike)):
+        if directory is not None and (not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory)):
             raise ConfigurationError(f"directory={directory!r}: a path, as 'runs/first'; None writes nothing")
         self.directory = None if directory is None else Path(directory)
         self.optimizers = named(optimizer)
@@ -166,7 +168,13 @@ class Loop:
         """
         reject(others, Loop.fit)
         run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
-        deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
+        try:
+            deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
+        except Exception:
+            if not run.terminated:
+                raise
+            traceback.print_exc()  # the program ends, as it was asked to, whoever would have caught this
+            raise SystemExit(TERMINATED) from None
         return run.result()
 
     def steps(
@@ -282,7 +290,11 @@ class Loop:
         batch = batch if self.precision.dtype is None else self.precision.batch(batch)
         noting = noted("in train_on_batch", batch, self.objective)
         with modes.training(self.objective), stream_of(state), self.precision.settings(), noting:
-            step = self._by_hand(batch)
+            try:
+                step = self._by_hand(batch)
+            except BaseException:
+                clear_gradients(self.objective)  # or they would be a part of the next update
+                raise
         state.step += 1
         state.samples += size_of(batch)
         state.last = step
@@ -326,6 +338,8 @@ class Loop:
 
         Raises:
             ConfigurationError: in ``after_backward``, where a step is half done and nothing could go on from it.
+            CheckpointError: if something in the state cannot be saved, the path is of something else, or the disk refuses;
+                what was there is as it was.
         """
         if self.state.half_done and self.state.status == "running":
             raise ConfigurationError(
@@ -334,7 +348,14 @@ class Loop:
             )
         if path is None:
             return self.state.state_dict()
-        return checkpoint.write(path, self.state.live(), runs.told_of(self.state))
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise ConfigurationError(f"save({path!r}): the path of a directory; without one it is kept in memory")
+        try:
+            return checkpoint.write(path, self.state.live(), runs.told_of(self.state))
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} could not be written: {error.strerror or error}. What was there is as it was"
+            ) from error
 
     def restore(self, source: str | Path | Mapping[str, Any], *, only: str | None = None) -> None:
         """Go on from a saved state.

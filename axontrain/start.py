@@ -141,6 +141,7 @@ class Start:
                 f"loop.restore({str(source)!r}, only='objective') or ax.load_weights"
             ) from error
         self._restored = True
+        self.state.newest = self._newest()  # who goes back knows what there is
         if self.state.directory is not None and not isinstance(source, Mapping):
             self._at_home |= Path(source).resolve().is_relative_to(self.state.directory.resolve())
 
@@ -267,8 +268,18 @@ class Start:
             return None
         return Stop(halt["reason"]) if stopper.given == halt["given"] else None
 
+    def _newest(self) -> int:
+        there = [] if self.state.directory is None else runs.entries(self.state.directory)
+        return max((entry.number for entry in there), default=0)
+
     def _check_directory(self, directory: Path) -> None:
         history = directory / "history.jsonl"
+        if self._at_home and self._newest() > self.state.newest:
+            raise ConfigurationError(
+                f"directory={str(directory)!r}: another Loop has gone on with this run since, and this one would write over "
+                f"what it saved. To go on from there, loop.restore({str(directory)!r}) and fit(..., resume=True); else choose "
+                f"another directory"
+            )
         if not self._at_home and ((history.is_file() and history.stat().st_size) or runs.entries(directory)):
             raise ConfigurationError(
                 f"directory={str(directory)!r} holds another run already: choose another, or go on with that run by "

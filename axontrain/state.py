@@ -67,6 +67,7 @@ class LoopState:
         self.plan: Plan | None = None
         self.epoch_length: int | None = None
         self.meter = train_meter
+        self.newest = 0  # the number of the last checkpoint of the directory that this run has written or gone on from
         self.rng: dict[str, Any] | None = None  # the run's own random stream, and whether it is the global one just now
         self.drawing = False
         self.request: Stop | StopEpoch | None = None
@@ -120,6 +121,8 @@ class LoopState:
 
     def attach(self, name: str, part: Stateful, *, replace: bool = False) -> None:
         """Let an object of yours take part in saving and restoring, under a name that stays the same between runs."""
+        if not isinstance(name, str) or not name or name.startswith("$"):
+            raise ConfigurationError(f"attach({name!r}, ...): a name, of text that does not begin with '$'")
         if not isinstance(part, Stateful):
             raise ConfigurationError(f"attach({name!r}): {kind_of(part)} has no state_dict and load_state_dict")
         if self.attached.get(name, part) is not part and not replace:
@@ -152,7 +155,7 @@ class LoopState:
     def live(self) -> dict[str, Any]:
         """The same without a copy: true until training goes on."""
         rng = randomness.capture() if self.drawing else self.rng
-        of_attached = {name: part.state_dict() for name, part in self.attached.items()}
+        of_attached = {name: _state_of(name, part) for name, part in self.attached.items()}
         names = clean_names(self.objective)
         return {
             "objective": {names[key]: value for key, value in self.objective.state_dict().items()},
@@ -309,6 +312,14 @@ class Result:
 
     def _caption(self) -> str:
         return f"{self.status} ({self.reason}) at epoch {self.epoch}, step {self.step}"
+
+
+def _state_of(name: str, part: Stateful) -> Any:
+    try:
+        return part.state_dict()
+    except Exception as error:
+        error.add_note(f"in the state_dict of {name.removeprefix('callback/')}, which takes part in saving")
+        raise
 
 
 def _device_of(module: nn.Module) -> torch.device:

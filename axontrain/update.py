@@ -32,6 +32,8 @@ from axontrain.shown import NAME, plain
 MOST_PENDING = 1024
 # The scale of losses may have to be halved so often before gradients fit in float16: from 2^16 down to below 1.
 HALVINGS = 20
+# Options of torch's optimizers that say which kernel computes, and not what.
+KERNEL = ("fused", "foreach", "capturable", "differentiable")
 
 
 class Update:
@@ -287,7 +289,7 @@ class Update:
             scheduler.load_state_dict(_restored(saved["state"], scheduler.state_dict()))
         self.scale, self._unscaled = state["scale"], list(state["unscaled"])
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self._pending = []
+        self._pending, self._looked_at = [], 0
         for guard in self._guards:
             guard.forget()
 
@@ -420,7 +422,8 @@ class Update:
         for group, of_saved in zip(optimizer.param_groups, saved["groups"], strict=True):
             size = len(group["params"])
             options = {key: value for key, value in group.items() if key != "params"}
-            options |= {k: _like(v, options.get(k)) for k, v in of_saved.items() if k != "parameters" and k in options}
+            taken = {k: v for k, v in of_saved.items() if k in options and k not in KERNEL}
+            options |= {k: _like(v, options.get(k)) for k, v in taken.items()}
             groups.append({**options, "params": list(range(count, count + size))})
             count += size
         state = {index[name]: {k: _like(v, None) for k, v in of.items()} for name, of in saved["state"].items()}
@@ -483,14 +486,7 @@ def _terms(loss: Tensor, terms: Mapping[str, Any]) -> str:
 
 def _options(groups: list[dict[str, Any]]) -> dict[str, Any]:
     """Options of parameter groups by name: one value where all have the same, else a list of each group's."""
-    ours = (
-        "params",
-        "initial_lr",
-        "fused",
-        "foreach",
-        "capturable",
-        "differentiable",
-    )  # which kernel, and not what it computes
+    ours = ("params", "initial_lr", *KERNEL)
     names = dict.fromkeys(name for group in groups for name in group if name not in ours)
     plain = {
         name: [_plain(value.tolist() if isinstance(value := group.get(name), Tensor) else value) for group in groups]

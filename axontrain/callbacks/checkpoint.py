@@ -173,7 +173,8 @@ class Checkpoint(Saver):
         if not self._sized:  # after the first step, when optimizers have their states
             self._sized = True
             tree = state.live()
-            encode(tree, dict)
+            if self.on_failure == "raise":
+                encode(tree, dict)  # so that what optimizers hold is looked at now
             if self._goes_apart(tree):
                 self._snapshot.reserve(int(1.02 * _bytes(tree)))
         due = [cadence.due(state) for cadence in self._all()]  # each is asked, since asking takes the occasion
@@ -256,6 +257,7 @@ class Checkpoint(Saver):
 
     def _save(self, state: LoopState, *, permanent: bool, wait: bool = False) -> None:
         self._finish()
+        self.failed = False
         where = _directory(state)
         name = runs.name_of(state.step, self.keep.monitor, self._reading(state))
         self._writing = where / name
@@ -267,7 +269,9 @@ class Checkpoint(Saver):
             self._fail(error)
             return
         number = max((entry.number for entry in there), default=0)
-        self._number = number = max(number, self._number) + 1  # of those that could not be looked at it is not known
+        state.newest = self._number = number = (
+            max(number, self._number) + 1
+        )  # of those that could not be looked at it is not known
         self._verified &= {entry.path.name for entry in there}
         # A run that ended with a permanent one and is started again saves that step once more.
         permanent = permanent or any(entry.permanent for entry in there if entry.step == state.step)
@@ -280,9 +284,13 @@ class Checkpoint(Saver):
             live.extend(tensors.values())
             return self._snapshot.take(tensors)
 
-        tree = state.live()
-        apart = not wait and self._goes_apart(tree)
-        what = directory.encoded(tree, about, place if apart else None)
+        try:
+            tree = state.live()
+            apart = not wait and self._goes_apart(tree)
+            what = directory.encoded(tree, about, place if apart else None)
+        except CheckpointError as error:  # a callback's state has come to hold what none can
+            self._fail(error)
+            return
         work = partial(runs.commit, where, name, what, self.keep, frozenset(self._verified))
         self._at, self._at_permanent = _place(state), permanent
         if apart and self._begin(work, live):
@@ -317,7 +325,7 @@ class Checkpoint(Saver):
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._at = None
+        self._at, self.failed = None, True
         why, then = "", "Those before it are as they were; make room, or choose another directory"
         with suppress(OSError):
             why = lock.lost(self._writing.parent, self._key)

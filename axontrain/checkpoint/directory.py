@@ -101,7 +101,7 @@ def write(path: str | os.PathLike[str], tree: Any, about: Mapping[str, Any] | No
             what was at ``path`` is as it was.
         OSError: if the disk is full or may not be written; likewise.
     """
-    target = Path(path)
+    target = Path(path).absolute()  # which has a name, as "." has not
     ours = all((target / name).is_file() for name in (TENSORS, STATE)) or (target.is_dir() and not any(target.iterdir()))
     if target.exists() and not ours:
         raise CheckpointError(f"{target} is there and is no checkpoint: choose another path, nothing was written")
@@ -210,6 +210,8 @@ def _fill(directory: Path, what: Encoded) -> None:
         raise OSError(f"{directory / TENSORS} could not be written: {error}") from error
     (directory / STATE).write_text(what.text, encoding="utf-8")
     (directory / ABOUT).write_text(what.about, encoding="utf-8")
+    # safetensors lets nobody else read it; the others are as the umask has it.
+    (directory / TENSORS).chmod((directory / STATE).stat().st_mode & 0o777)
     files = {name: _described(directory / name) for name in (TENSORS, STATE, ABOUT)}
     for name in files:
         sync(directory / name)

@@ -176,6 +176,8 @@ def entries(directory: Path) -> list[Entry]:
             problem = str(error)
         except OSError as error:
             problem, unseen = _not_looked_at(path, error), True
+        if problem and path in aside.values():  # debris, which a save will sweep
+            continue
         found.append(Entry(path, int(match["step"]), about, problem, unseen))
     # By the order in which they were written: who goes back to an early step and on from there makes newer ones of lower steps.
     found.sort(key=lambda entry: (entry.step, entry.path.name))

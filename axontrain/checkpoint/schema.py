@@ -175,7 +175,9 @@ def _setup(value: Any, place: str) -> None:
 
 
 def _attached(name: str, value: Any, place: str) -> None:
-    """Check a part's state: what the engine attaches itself, to its end; of others that it is a mapping."""
+    """Check the state of a part that the engine attaches itself; those of others are their own affair."""
+    if name not in ("data", "microbatch", "scaler") and not name.startswith("cadence/"):
+        return
     part = _texts(value, place)
     if name == "data":
         position = _list(part.get("position", [0, 0]), f"{place}/position")
@@ -183,6 +185,8 @@ def _attached(name: str, value: Any, place: str) -> None:
             raise _wrong(position, f"{place}/position", "an epoch and an index")
         for count in (*position, part.get("consumed", 0), part.get("turns", 0)):
             _count(count, f"{place}/position, consumed or turns")
+        if not isinstance(part.get("ended", False), bool):
+            raise _wrong(part["ended"], f"{place}/ended", "true or false")
         for key in ("begun", "now"):
             for index, own in enumerate(_list(part.get(key, []), f"{place}/{key}")):
                 _twister(own, f"{place}/{key}/{index}")

@@ -46,6 +46,8 @@ class Source:
         self._holder: weakref.finalize[Any, Source] | None = None
         self._reading: object | None = None  # a token of this reading; that of the data's last is in _LAST
         self._begun: list[torch.Tensor] = []  # its own generators, at the beginning of the pass
+        self._ended = False  # whether the pass was read to its end
+        self._probing = False  # whether it begins by a state of the end of the pass before
         self._saved: Mapping[str, Any] | None = None
         self._told = False
 
@@ -70,9 +72,16 @@ class Source:
             except BaseException:  # what failed is not gone on with: the pass is read up to here once more
                 self._saved, self._live = self._state(None), None
                 raise
+            if item is END and index == 0 and self._probing:  # its state told of a place, and not of what it has drawn so far
+                forget_start(self.data, self._saved["data"] if self._saved is not None else None)
+                items = self._iterated(seed, epoch)
+                self._hold(items)
+                item = self._next(items, seed, epoch, index, size)
+            self._probing = False
             if self._saved is not None:
                 forget_start(self.data, self._saved["data"])
             self._saved, self._live = None, items  # at each item: somebody else may have read in between
+            self._ended = item is END
             if item is END:
                 self._turns, self._consumed = self._turns + 1, 0
                 return
@@ -80,10 +89,17 @@ class Source:
             self._consumed += 1
             yield item
 
+    def finish(self, seed: int, epoch: int, index: int, size: int | None = None) -> None:
+        """Read the end of a pass of which all items were read: whoever draws there, as torch's samplers do, is to do so."""
+        if self._saved is not None and self._saved["data"] is not None:
+            self._saved = {**self._saved, "ended": True}  # of data with a state the next pass begins by that
+        elif not self._ended and ((self._live is not None and self._position == (epoch, index)) or _generators(self.data)):
+            next(self.read(seed, epoch, index, size), None)
+
     def goes_on_from(self, other: Source) -> None:
         """Take over how far another has read the same data."""
         self._live, self._position, self._consumed = other._live, other._position, other._consumed
-        self._turns, self._reading = other._turns, other._reading
+        self._turns, self._reading, self._ended = other._turns, other._reading, other._ended
         self._begun, self._saved = other._begun, other._saved
         self._hold(self._live)
 
@@ -100,6 +116,7 @@ class Source:
             "position": list(self._position),
             "consumed": self._consumed,
             "turns": self._turns,
+            "ended": self._ended,
             "data": own,
             "begun": list(self._begun),
             "now": [generator.get_state() for generator in _generators(self.data)],
@@ -119,7 +136,10 @@ class Source:
         self._begun = [generator.get_state() for generator in generators]
         self._reading = object()
         _last(self.data, self._reading)
-        by_itself = saved is not None and (here or self.once) and self._goes_on_by_itself(saved)
+        after = saved is not None and start == 0 and bool(saved.get("ended")) and saved["position"][0] == epoch - 1
+        by_itself = saved is not None and (here or after or self.once) and self._goes_on_by_itself(saved)
+        self._probing = after and by_itself and not self.once
+        self._ended = False
         items = self._iterated(seed, epoch)
         self._hold(items)
         if isinstance(self.data, AT_HAND):

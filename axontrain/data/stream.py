@@ -151,6 +151,12 @@ class Stream:
             return ahead(batches, self.device)
         return map(functools.partial(to_device, device=self.device), batches)
 
+    def finish(self, seed: int, epoch: int, index: int) -> None:
+        """Read the end of a pass of which all batches were trained on, where it was left before that."""
+        if self.source is not None and self.limit is None:
+            size = None if self.loader is None else self.loader.batch_size
+            self.source.finish(seed, epoch, index * (self.accumulate or 1), size)
+
     def goes_on_from(self, other: Stream) -> bool:
         """Take over how far ``other`` has read the same data; False if the batches are not the same as there."""
         if self.accumulate != other.accumulate:

@@ -32,6 +32,8 @@ def look_up(run: Run) -> bool:
 def end_epoch(run: Run) -> None:
     """Count the epoch; then validation, readings, ``after_epoch``, saving: all of one and the same step."""
     state = run.state
+    if not run.exhausted and state.batch_index == state.epoch_length:
+        run.train.finish(state.seed, state.epoch, state.batch_index)
     state.epoch += 1
     state.batch_index, state.in_epoch = 0, False
     state.owed = [AFTER_EPOCH]
@@ -77,6 +79,8 @@ def end_fit(run: Run) -> None:
         )
     for saver in run.savers:
         saver.at_fit_end(state)
+    if run.interrupt and run.status == "completed":  # Ctrl-C within the last save: who runs several fits is to hear of it
+        run.status, run.reason = "interrupted", run.interrupt
 
 
 def _after_epoch(run: Run) -> None:

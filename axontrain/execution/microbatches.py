@@ -169,8 +169,12 @@ class OneLossInParts(OneLoss):
         with sums.zeros_masked():
             for part in parts:
                 step: Step = self.train_step(part)
-                check(step, self.objective)
-                sums.add(step.loss, step.weight)
+                nothing = isinstance(step, Step) and not isinstance(step.weight, Tensor) and not step.weight
+                if not nothing or (not sums.left - 1 and not sums.weight) or step.loss.requires_grad:
+                    check(step, self.objective)
+                    sums.add(step.loss, step.weight)
+                else:  # a part in which nothing counts needs no graph
+                    sums.left -= 1
                 let_go(step)
                 if not self.keeps_predictions:
                     step.predictions = step.targets = step.sample_weights = None
@@ -351,16 +355,20 @@ def merged(steps: Sequence[tuple[Step, int]]) -> Step:
     weights = torch.stack([torch.as_tensor(step.weight, device=device).reshape(()).to(torch.float64) for step, _ in steps])
     whole = weights.sum()
 
-    def mean(values: Sequence[Any]) -> Tensor:
-        stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values])
-        of_all = torch.where(weights > 0, stacked * weights, 0.0).sum() / whole
+    def mean(values: Mapping[int, Any]) -> Tensor:
+        """Over the items of the parts, by number, that have a value."""
+        stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values.values()])
+        own, total = (weights, whole) if len(values) == len(steps) else (of := weights[list(values)], of.sum())
+        of_all = torch.where(own > 0, stacked * own, 0.0).sum() / total
         return of_all.to(stacked.dtype if stacked.is_floating_point() else torch.float32)
 
     names = dict.fromkeys(name for step, _ in steps for name in step.values)
-    values: Mapping[str, Tensor] = {name: mean([step.values.get(name, float("nan")) for step, _ in steps]) for name in names}
+    values: Mapping[str, Tensor] = {
+        name: mean({index: step.values[name] for index, (step, _) in enumerate(steps) if name in step.values}) for name in names
+    }
     ints = all(not isinstance(step.weight, Tensor) for step, _ in steps)
     return Step(
-        mean([step.loss for step, _ in steps]),
+        mean({index: step.loss for index, (step, _) in enumerate(steps)}),
         None if first.predictions is None else joined([(step.predictions, size) for step, size in steps]),
         None if first.targets is None else joined([(step.targets, size) for step, size in steps]),
         weight=sum(step.weight for step, _ in steps) if ints else whole,
@@ -376,6 +384,8 @@ class Retry:
         self.objective, self.cut = objective, cut
         # Metrics of torchmetrics within an objective hold what they count in attributes, not in buffers.
         self.metrics: list[Any] = [module for module in objective.modules() if hasattr(module, "metric_state")]
+        found = (value for module in objective.modules() for value in vars(module).values())
+        self.generators = [value for value in found if isinstance(value, torch.Generator)]
 
     def __call__(self, compute: Callable[[Any], Step], batch: Any) -> Step:
         while True:
@@ -385,7 +395,8 @@ class Retry:
                 for module in self.objective.modules()
                 for name, buffer in module._buffers.items()
             ]
-            metrics = [(metric, _copied(metric.metric_state)) for metric in self.metrics]
+            metrics = [(metric, _copied(metric.metric_state), metric._update_count) for metric in self.metrics]
+            own = [(generator, generator.get_state()) for generator in self.generators]
             failure: Exception | None = None
             try:
                 step = compute(batch)
@@ -402,9 +413,12 @@ class Retry:
                 place[name] = buffer
                 if buffer is not None and kept is not None:
                     buffer.copy_(kept)
-            for metric, states in metrics:
+            for metric, states, count in metrics:
                 for name, value in states.items():
                     setattr(metric, name, value)
+                metric._update_count, metric._computed = count, None
+            for generator, state in own:
+                generator.set_state(state)
             randomness.restore(rng)
             if not self.cut.halve(batch):
                 failure.add_note("microbatch='auto': a single sample does not fit in memory; the model is too large for it")

@@ -147,6 +147,8 @@ class Run:
         if self.terminated:
             where = self.state.directory
             saved = "nothing was saved, for the Loop has no directory" if where is None else f"the state was saved in {where}"
+            if any(saver.failed for saver in self.savers):
+                saved = f"the state could not be saved; {where} is as it was before"
             print(f"axontrain: SIGTERM at step {self.state.step}: {saved}; fit(..., resume=True) goes on", file=sys.stderr)
             raise SystemExit(TERMINATED)
 

@@ -127,8 +127,12 @@ class SeveralLosses:
         terms: Mapping[str, Tensor] = {}
         if not isinstance(loss, Tensor):
             terms, loss = loss, total(loss, self.objective)
-        check(Step(loss), self.objective, f"{of} yielded ({name!r}, loss); the")
-        return self.state.optimizers[name], loss, terms
+        update, what = self.state.optimizers[name], f"{of} yielded ({name!r}, loss); the"
+        if any(p.requires_grad for p in update.tensors):
+            check(Step(loss), self.objective, what)
+        else:  # all are frozen for now, and nothing has to have a graph
+            check_scalar(loss, what)
+        return update, loss, terms
 
     def step_of(self, weight: int | Tensor, losses: Mapping[str, list[Tensor]], returned: Any) -> Step:
         """The Step of a batch from its weight, from the losses that were yielded, and from what the generator returned."""

@@ -453,3 +453,181 @@ def test_auto_is_for_one_loss():
     optimizers = {name: ax.Optimizer("sgd", lr=0.1) for name in ("generator", "discriminator")}
     with pytest.raises(ax.ConfigurationError, match="give a number of samples"):
         ax.Loop(Gan(), optimizers, progress=False).fit([(torch.zeros(4, 6), torch.zeros(4, 3))], epochs=1, microbatch="auto")
+
+
+def test_in_memory_a_run_goes_on_with_the_size_that_was_found():
+    def left_and_gone_on(interrupted):
+        torch.manual_seed(0)
+        loop = ax.Loop(Hungry(17), ax.Optimizer("adamw", lr=0.05), progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ax.AxonWarning)
+            if interrupted:
+                steps = loop.steps(table(), epochs=2, batch_size=32, microbatch="auto")
+                for _ in range(4):
+                    next(steps)
+                steps.close()
+                state = loop.save()
+                loop.fit(table(), epochs=2, batch_size=32, microbatch="auto", resume=True)
+                sizes = [loop.objective.asked[-1]]
+                loop.restore(state)
+                asked = len(loop.objective.asked)
+                loop.fit(table(), epochs=2, batch_size=32, microbatch="auto", resume=True)
+                sizes.append(max(loop.objective.asked[asked:]))
+                assert max(sizes) == 16, "nothing ran out of memory again"
+            else:
+                loop.fit(table(), epochs=2, batch_size=32, microbatch="auto")
+        return loop.objective.state_dict()
+
+    whole, found = left_and_gone_on(False), left_and_gone_on(True)
+    assert all(torch.equal(value, found[name]) for name, value in whole.items() if name != "seen")
+
+
+class Counted(torch.autograd.Function):
+    """Counts the samples whose graphs are alive."""
+
+    alive = peak = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.size = len(x)
+        Counted.alive += len(x)
+        Counted.peak = max(Counted.peak, Counted.alive)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Counted.alive -= ctx.size
+        return gradient
+
+
+class Pair(ax.Objective):
+    """Two optimizers, one after the other, of one mean over items of its own count."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 1).double(), nn.Linear(6, 1).double()
+
+    def weight(self, batch):
+        return 2 * len(batch[0])
+
+    def train_step(self, batch):
+        for name in ("a", "b"):
+            yield name, Counted.apply(getattr(self, name)(batch[0])).square().mean()
+
+
+def pair(**fit):
+    torch.manual_seed(0)
+    loop = ax.Loop(Pair(), {name: ax.Optimizer("sgd", lr=0.1) for name in ("a", "b")}, progress=False)
+    result = loop.fit(table(64), epochs=1, **fit)
+    return loop, result
+
+
+def test_of_several_optimizers_one_part_is_in_memory_at_a_time():
+    Counted.alive = Counted.peak = 0
+    whole, _ = pair(batch_size=64)
+    assert Counted.peak == 64
+    Counted.alive = Counted.peak = 0
+    parts, _ = pair(batch_size=64, microbatch=4)
+    assert Counted.peak == 4
+    for one, other in zip(whole.objective.parameters(), parts.objective.parameters(), strict=True):
+        torch.testing.assert_close(one, other, **DOUBLE)
+
+
+def test_several_optimizers_with_a_weight_of_their_own_accumulate():
+    whole, result = pair(batch_size=32)
+    batches = list(ax.Loader(table(64), 16, shuffle=True).batches(0, 0))
+    torch.manual_seed(0)
+    loop = ax.Loop(Pair(), {name: ax.Optimizer("sgd", lr=0.1) for name in ("a", "b")}, progress=False)
+    found = loop.fit(batches, epochs=1, accumulate=2)
+    for name in ("train/loss", "train/a_loss", "train/b_loss"):
+        assert found.values[name] == pytest.approx(result.values[name])
+    for one, other in zip(whole.objective.parameters(), loop.objective.parameters(), strict=True):
+        torch.testing.assert_close(one, other, **DOUBLE)
+
+
+def test_an_optimizer_whose_parameters_are_frozen_for_now_waits():
+    for fit in ({}, {"microbatch": 4}):
+        torch.manual_seed(0)
+        objective = Pair()
+        objective.b.requires_grad_(False)
+        loop = ax.Loop(objective, {name: ax.Optimizer("sgd", lr=0.1) for name in ("a", "b")}, progress=False)
+        assert loop.fit(table(64), epochs=1, batch_size=16, **fit).status == "completed"
+        assert loop.state.optimizers["b"].steps == 0
+
+
+class Measured(Terms):
+    """Values that are no floats, and one that only some batches have; where nothing counts, a loss without a graph."""
+
+    def split(self, batch):
+        return batch[0], batch[1]
+
+    def train_step(self, batch):
+        x, y = batch
+        kept = y == 1
+        values = {"share": torch.stack([*kept]).float().mean() > 0.5, "count": kept.sum()}
+        if bool((x[:, 0] > 1).any()):
+            values["large"] = x[x[:, 0] > 1, 0].mean()
+        if not bool(kept.any()):
+            return ax.Step(torch.zeros(()), weight=0, values={"share": values["share"], "count": values["count"]})
+        return ax.Step(F.cross_entropy(self.net(x[kept]), y[kept]), weight=int(kept.sum()), values=values)
+
+
+def test_values_of_parts_are_means_of_those_that_have_them():
+    x = torch.zeros(8, 6, dtype=torch.float64)
+    x[0, 0] = 3.0
+    y = torch.tensor([1, 1, 1, 0, 0, 0, 1, 0])
+    seen = []
+    torch.manual_seed(0)
+    loop = ax.Loop(Measured(), ax.Optimizer("sgd", lr=0.1), progress=False)
+    loop.on("after_batch")(lambda state: seen.append({name: float(v) for name, v in state.last.values.items()}) or None)
+    loop.fit([(x, y)], epochs=1, microbatch=2)
+    # Parts of two samples: 2, 1, 0 and 1 of them count; the third has no graph, and no weight.
+    assert seen == [{"share": pytest.approx(2 / 4), "count": pytest.approx((2 * 2 + 1 + 1) / 4), "large": 3.0}]
+
+
+def test_a_batch_in_which_nothing_counts_is_told_as_without_parts():
+    for fit in ({}, {"microbatch": 2}):
+        loop = ax.Loop(Measured(), ax.Optimizer("sgd", lr=0.1), progress=False)
+        with pytest.raises(ax.LossError, match="no graph"):
+            loop.fit([(torch.zeros(8, 6, dtype=torch.float64), torch.zeros(8, dtype=torch.long))], epochs=1, **fit)
+
+
+def test_a_retry_puts_back_buffers_that_were_not_there_metrics_and_generators():
+    class Lazily(Hungry):
+        def __init__(self, room):
+            super().__init__(room)
+            self.register_buffer("mean", None)
+            self.own = torch.Generator().manual_seed(0)
+
+        def predict(self, inputs):
+            noise = torch.rand(len(inputs), 1, generator=self.own, dtype=inputs.dtype)
+            if self.mean is None:
+                self.mean = inputs.mean(0)
+            return super().predict(inputs + self.mean + 0.01 * noise)
+
+    def trained(**fit):
+        torch.manual_seed(0)
+        loop = ax.Loop(Lazily(17), ax.Optimizer("sgd", lr=0.1), progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ax.AxonWarning)
+            loop.fit(table(64), epochs=1, batch_size=32, **fit)
+        return loop.objective
+
+    one, other = trained(microbatch=16), trained(microbatch="auto")
+    assert torch.equal(one.own.get_state(), other.own.get_state())
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_weights_of_whole_numbers_in_a_tensor_are_as_exact_as_others():
+    class Whole(Tokens):
+        def weight(self, batch):
+            return batch["mask"].long().sum()
+
+    x = torch.randn(48, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = (torch.arange(48) % 3 > 0).double()
+    batch = [{"x": x, "y": (x.sum(1) > 0).long(), "mask": mask}]
+    whole, _ = gradients(Whole, batch)
+    parts, _ = gradients(Whole, batch, microbatch=5)
+    for one, other in zip(whole[0], parts[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)

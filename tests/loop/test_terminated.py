@@ -424,3 +424,89 @@ def test_a_thread_that_is_not_the_main_one(tmp_path):
     assert not differences(unbroken(), found["result"])
     assert set(seen) == {signal.SIG_DFL}
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Slow:
+    """Samples that take a while, here or in a worker."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return torch.ones(3) * index, torch.ones(1)
+
+
+@SIGNALS
+@pytest.mark.parametrize("where", ["validation", "training of torch's DataLoader"])
+def test_workers_that_a_signal_to_the_group_took(tmp_path, where, number):
+    """Nothing is lost with them: what is in hand is begun again when the run is resumed."""
+
+    def body(tell):
+        loop = line_loop(directory=tmp_path)
+        train, validation = ax.Loader(Slow(8), 4, workers=1), ax.Loader(Slow(400), 4, workers=1)
+        if where == "validation":
+            loop.on("before_evaluate")(lambda state: tell() and None)
+        else:
+            train = torch.utils.data.DataLoader(Slow(400), 4, num_workers=1)
+            loop.on("after_batch")(on_step(3, tell))
+        return 20 if loop.fit(train, validation, epochs=2).status == "interrupted" else 30
+
+    program = Program(body)
+    program.wait_for()
+    time.sleep(0.5 if where == "validation" else 0.05)
+    program.send(number, to_all=True)
+    assert program.code() == (143 if number == signal.SIGTERM else 20)
+    tree = runs.newest(tmp_path)[1]
+    assert tree["counters"]["step"] == 2 if where == "validation" else tree["counters"]["step"] >= 3
+    assert tree["owed"] == (["evaluate", "after epoch"] if where == "validation" else tree["owed"])
+
+
+def test_sigterm_is_not_lost_with_an_error_of_the_same_step(capsys):
+    loop = line_loop()
+
+    @loop.on("after_batch")
+    def fail(state):
+        if state.step == 2:
+            terminate()
+            raise ValueError("the disk of the data is gone")
+
+    with pytest.raises(SystemExit) as exit:
+        loop.fit(TRAIN, epochs=1)
+    assert exit.value.code == 143
+    assert "the disk of the data is gone" in capsys.readouterr().err
+
+
+def test_a_state_that_could_not_be_saved_is_not_said_to_be(tmp_path, monkeypatch, capsys):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    loop = line_loop(directory=tmp_path, callbacks=[ax.Checkpoint(on_failure="warn")])
+
+    @loop.on("after_batch")
+    def fill(state):
+        if state.step == 3:
+            monkeypatch.setattr(runs, "commit", full)
+            terminate()
+
+    with pytest.raises(SystemExit) as exit, pytest.warns(ax.AxonWarning, match="No space left"):
+        loop.fit(TRAIN, epochs=3)
+    assert exit.value.code == 143
+    told = capsys.readouterr().err
+    assert "could not be saved" in told
+    assert "was saved" not in told
+
+
+def test_ctrl_c_within_the_last_save_is_heard(tmp_path):
+    class Pressed(ax.Checkpoint):
+        def at_fit_end(self, state):
+            signal.raise_signal(signal.SIGINT)
+            super().at_fit_end(state)
+
+    loop = line_loop(directory=tmp_path, callbacks=[Pressed()])
+    result = loop.fit(TRAIN, epochs=1)
+    assert result.status == loop.state.status == "interrupted"
+    assert runs.newest(tmp_path)[1]["counters"]["step"] == loop.state.step
