@@ -54,7 +54,8 @@ class Loop:
         metrics: further metrics, beside the objective's own (see :func:`axontrain.metrics.register`).
         callbacks: what happens beside training, in this order.
         evaluate_with: an objective that stands in for evaluation and validation.
-        seed: what all that is random in training follows from; None takes one from torch's generator.
+        seed: what all that is random in training follows from; None takes one from torch's generator. The weights are made
+            before: ``torch.manual_seed`` decides them.
         device: "auto" takes a GPU where there is one.
         strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
             one of samples rather than of batches.
