@@ -5,7 +5,7 @@ Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loo
 
 from typing import TYPE_CHECKING, Any
 
-from axontrain import data, metrics, schedules
+from axontrain import averages, data, metrics, schedules
 from axontrain.callback import Callback
 from axontrain.callbacks import Checkpoint, EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
 from axontrain.checkpoint.weights import load_weights
@@ -91,6 +91,7 @@ __all__ = [
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
+    "averages",
     "data",
     "load_weights",
     "metrics",

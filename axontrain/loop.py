@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from axontrain import callback, checkpoint, randomness
+from axontrain.averages import buffers_of
 from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook
 from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
@@ -110,7 +111,7 @@ class Loop:
         self.directory = None if directory is None else Path(directory)
         self.optimizers = named(optimizer)
         bound = {
-            name: Update(name, self.optimizers[name], parameters)
+            name: Update(name, self.optimizers[name], parameters, buffers_of(objective, parameters))
             for name, parameters in route(objective, self.optimizers).items()
         }
         following = int(torch.randint(2**62, ())) if seed is None else seed
@@ -243,7 +244,7 @@ class Loop:
         stream = self._start.stream(data, "data", batch_size)
         check_batch_size(batch_size, stream)
         with contextlib.closing(stream):
-            return passes.evaluate(self._start.judge, stream, Meter(self._start.eval_metrics), self.state.seed, self.precision)
+            return passes.evaluate(self._start.judge, stream, Meter(self._start.eval_metrics), self.state, self.precision)
 
     def predict(self, data: Any, *, batch_size: int = DEFAULT_BATCH_SIZE, stream: bool = False, **others: Any) -> Any:
         """Predict for all of ``data``, in its order.
@@ -261,7 +262,7 @@ class Loop:
         reject(others, Loop.predict)
         batches = self._start.stream(data, "data", batch_size)
         check_batch_size(batch_size, batches)
-        predictions = passes.predicting(self.objective, batches, self.state.seed, self.precision)
+        predictions = passes.predicting(self.objective, batches, self.state, self.precision)
         if stream:
             return (prediction for prediction, _ in predictions)
         cpu = torch.device("cpu")
@@ -287,6 +288,7 @@ class Loop:
             self._by_hand = self._start.runner(None)
             self._next_reading = perf_counter() + READ_EVERY_SECONDS
             clear_gradients(self.objective)
+        state.hide_averages()
         batch = to_device(batch, self.device)
         batch = batch if self.precision.dtype is None else self.precision.batch(batch)
         noting = noted("in train_on_batch", batch, self.objective)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from axontrain import schedules
+from axontrain import averages, schedules
 from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown, whole
 
 Predicate = Callable[[str, nn.Parameter], bool]
@@ -42,6 +42,8 @@ class Optimizer:
             takes all, and one in a dict takes the submodule of its name.
         on_nonfinite: what to do with an update whose loss or gradients are not finite: "skip" it on the device, without
             a host read, and warn at the next reading; or "raise" at once, at the cost of a host read each step.
+        average: "ema" or "swa", or :func:`axontrain.averages.ema` or :func:`~axontrain.averages.swa` with arguments: what is
+            evaluated, predicted with, saved and exported is the average of the weights; training goes on with the others.
         patience: so many skipped in a row are an error, raised at the next reading.
         **kwargs: options of the algorithm, as ``weight_decay=0.01``.
 
@@ -64,6 +66,7 @@ class Optimizer:
         clip_value: float | None = None,
         groups: Mapping[Selection, Mapping[str, Any]] | None = None,
         params: Selection | Sequence[str] | None = None,
+        average: str | averages.EMA | averages.SWA | None = None,
         on_nonfinite: str = "skip",
         patience: int = 10,
         **kwargs: Any,
@@ -76,6 +79,7 @@ class Optimizer:
         self.clip_value = None if clip_value is None else _number("clip_value", clip_value, above=0.0)
         self.groups = dict(groups or {})
         self.params = params
+        self.average = averages.parse(average)
         if on_nonfinite not in ("skip", "raise"):
             raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
@@ -275,7 +279,7 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
             raise unknown(f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])])
 
 
-OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "params", "on_nonfinite", "patience")
+OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "params", "average", "on_nonfinite", "patience")
 
 
 def _selected(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from axontrain import display, randomness
+from axontrain.averages import Average
 from axontrain.clock import Cadence, Every, Plan
 from axontrain.data.structure import to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
@@ -158,7 +160,7 @@ class LoopState:
         of_attached = {name: _state_of(name, part) for name, part in self.attached.items()}
         names = clean_names(self.objective)
         return {
-            "objective": {names[key]: value for key, value in self.objective.state_dict().items()},
+            "objective": {names[key]: value for key, value in self.weights().items()},
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "counters": {
                 "epoch": self.epoch,
@@ -181,6 +183,51 @@ class LoopState:
             "attached": {**self._waiting, **of_attached},
         }
 
+    def weights(self) -> dict[str, Any]:
+        """The objective's state, with averages in place of raw weights where there are any."""
+        state: dict[str, Any] = self.objective.state_dict()
+        averages = [update.average for update in self.optimizers.values() if update.average is not None]
+        if not averages:
+            return state
+        for average in averages:
+            if self.plan is not None:
+                average.settle(self)
+        tensors = {id(tensor): value for average in averages for tensor, value in average.shown()}
+        of_objective = (
+            *self.objective.named_parameters(remove_duplicate=False),
+            *self.objective.named_buffers(remove_duplicate=False),
+        )
+        return state | {key: tensors[id(own)] for key, own in of_objective if key in state and id(own) in tensors}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Averages of weights, where there are any, are what the module holds within the block."""
+        averages = [update.average for update in self.optimizers.values() if update.average is not None]
+        shown: list[Average] = []
+        try:
+            for average in averages:
+                if self.plan is not None:
+                    average.settle(self)
+                if average.show():
+                    shown.append(average)
+            yield
+        finally:
+            for average in shown:
+                average.hide()
+
+    def hide_averages(self) -> None:
+        """Training begins: where the module holds averages of weights, the raw ones come back."""
+        for update in self.optimizers.values():
+            if update.average is not None:
+                update.average.resume()
+
+    def show_averages(self) -> None:
+        """A fit ends: averages of weights, where there are any, are what the module holds from now on."""
+        for update in self.optimizers.values():
+            if update.average is not None:
+                update.average.settle(self)
+                update.average.show()
+
     def outline(self) -> dict[str, Any]:
         """Of ``state_dict`` what says where the run stands and what it was made of."""
         counters = {"epoch": self.epoch, "step": self.step, "batch_index": self.batch_index, "seed": self.seed}
@@ -193,7 +240,8 @@ class LoopState:
         Raises:
             CheckpointError: if it is of another objective or other optimizers; nothing is changed then.
         """
-        self._check_weights(state["objective"])
+        weights = self._raw_of(state)
+        self._check_weights(weights)
         if set(state["optimizers"]) != set(self.optimizers):
             raise CheckpointError(
                 f"the saved state has the optimizers {sorted(state['optimizers'])}, this Loop {sorted(self.optimizers)}"
@@ -212,10 +260,27 @@ class LoopState:
             ) from error
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self._load_weights(state["objective"])
+        self._load_weights(weights)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_average(state["optimizers"][name], training=self.status == "running")
         if self.status != "running":
             self.status = "ready"
         self.last = None
+
+    def _raw_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved state's weights, with the raw ones in place of averages that nobody goes on with here."""
+        weights, names = dict(state["objective"]), clean_names(self.objective)
+        tensors = {
+            **dict(self.objective.named_parameters(remove_duplicate=False)),
+            **dict(self.objective.named_buffers(remove_duplicate=False)),
+        }
+        for name, update in self.optimizers.items():
+            saved = state["optimizers"].get(name, {}).get("average")
+            if saved is None or update.takes(saved):
+                continue
+            raw = {id(tensors[key]): value for key, value in saved["raw"].items() if key in tensors}
+            weights |= {names[key]: raw[id(own)] for key, own in tensors.items() if id(own) in raw and key in names}
+        return weights
 
     def _load_rest(self, state: Mapping[str, Any]) -> None:
         counters = state["counters"]
@@ -245,6 +310,9 @@ class LoopState:
         """
         self._check_weights(state["objective"])
         self._load_weights(state["objective"])
+        for optimizer in self.optimizers.values():
+            if optimizer.average is not None:
+                optimizer.average.forget()
 
     def _check_weights(self, saved: Mapping[str, Any]) -> None:
         names = clean_names(self.objective)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from axontrain.averages import Average, Slot, check_raw
 from axontrain.clock import Clock
 from axontrain.errors import (
     CheckpointError,
@@ -43,7 +44,15 @@ class Update:
     left out so far (as of the last reading); ``optimizers`` are the torch optimizers.
     """
 
-    def __init__(self, name: str, spec: Optimizer, parameters: Mapping[str, nn.Parameter], *, fused: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        buffers: Mapping[str, Slot] | None = None,
+        *,
+        fused: bool = True,
+    ) -> None:
         self.name, self.spec = name, spec
         self.parameters = dict(parameters)
         self.tensors = list(self.parameters.values())
@@ -53,6 +62,8 @@ class Update:
             optimizer, is_fused = build(part, fused)
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
+        self.average = None if spec.average is None else Average(spec.average, self.parameters, buffers or {})
+        self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
         self.steps = 0
@@ -80,8 +91,8 @@ class Update:
 
     @property
     def sees_progress(self) -> bool:
-        """Whether the schedule is a function of progress, which needs a plan with an end."""
-        return self._factor is not None
+        """Whether the schedule, or the start of an average, is by progress, which needs a plan with an end."""
+        return self._factor is not None or (self.spec.average is not None and self.spec.average.sees_progress)
 
     def update(self, loss: Tensor, terms: Mapping[str, Any]) -> Tensor:
         """Update the parameters from their gradients, and drop the gradients.
@@ -131,6 +142,7 @@ class Update:
             parameter.grad = None
         self._pending.append((step, flag, loss, terms))
         self.steps += 1
+        self.flag = flag
         return flag
 
     def read(self) -> None:
@@ -217,11 +229,13 @@ class Update:
             "unscaled": list(self._unscaled),
             "skipped": self.skipped + skipped,
             "in_a_row": in_a_row,
+            "average": None if self.average is None else self.average.state_dict(),
         }
 
     def described(self) -> dict[str, Any]:
         """The options that it was made with, in plain values: to be kept with a state."""
         of = {"clip_norm": self.spec.clip_norm, "clip_value": self.spec.clip_value, "schedule": self._described_schedule()}
+        of["average"] = None if self.spec.average is None else self.spec.average.described()
         of["set"] = sorted(self._set)
         return self._made | of
 
@@ -263,6 +277,8 @@ class Update:
                     f"the saved schedule of {of} has {foreign[0][:100]!r}, which {type(scheduler).__name__} lacks"
                 )
             _check_kinds(of, own, saved_one["state"])
+        if self.average is not None and self.takes(state.get("average")):
+            check_raw(of, self.average.tensors(), state["average"])
 
     def _check_shapes(self, of: str, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         # A fused kernel takes the sizes at their word, and would write outside of what is there.
@@ -292,6 +308,19 @@ class Update:
         self._pending, self._looked_at = [], 0
         for guard in self._guards:
             guard.forget()
+
+    def load_average(self, state: Mapping[str, Any], *, training: bool) -> None:
+        """The average of ``state_dict``, once the module holds it; ``training`` says whether the raw weights come back now."""
+        if self.average is None:
+            return
+        if self.takes(state.get("average")):
+            self.average.load_state_dict(state["average"], training=training)
+        else:
+            self.average.forget()
+
+    def takes(self, saved: Mapping[str, Any] | None) -> bool:
+        """Whether a saved average is one that goes on here."""
+        return self.average is not None and saved is not None and saved["kind"] == self.average.kind
 
     def __repr__(self) -> str:
         return f"Update({self.name!r}, {self.spec!r}, {len(self.tensors)} parameters)"

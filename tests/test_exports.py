@@ -51,6 +51,7 @@ EXPORTED = [
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
+    "averages",
     "data",
     "load_weights",
     "metrics",

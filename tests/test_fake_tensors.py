@@ -35,7 +35,7 @@ def right(logits, labels):
     return (logits.argmax(-1) == labels).float().mean()
 
 with FakeTensorMode():
-    optimizer = ax.Optimizer(sys.argv[1], lr=0.1, clip_norm=1.0, clip_value=5.0, schedule=ax.schedules.cosine())
+    optimizer = ax.Optimizer(sys.argv[1], lr=0.1, clip_norm=1.0, clip_value=5.0, schedule=ax.schedules.cosine(), average="ema")
     loop = ax.Loop(Small(), optimizer, metrics={"right": right}, progress=False)
     loop.state.plan = Plan(steps=600)
     train_step = runner(loop.state, None)

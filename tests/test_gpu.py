@@ -195,6 +195,26 @@ def test_each_precision_learns(precision):
     assert result.values["val/accuracy"] > 0.9
 
 
+@pytest.mark.parametrize("average", ["ema", ax.averages.swa(0, every=1)])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16-true"])
+def test_averages_are_on_the_device_and_go_on_bitwise(tmp_path, deterministic, average, precision):
+    train, _ = ax.data.digits()
+
+    def loop(directory=None):
+        torch.manual_seed(0)
+        optimizer = ax.Optimizer("adamw", lr=3e-3, average=average)
+        return ax.Loop(Digits(), optimizer, precision=precision, progress=False, directory=directory)
+
+    whole = loop()
+    whole.fit(train, epochs=2, batch_size=64)
+    loop(tmp_path).fit(train, steps=9, batch_size=64)
+    again = loop(tmp_path)
+    again.fit(train, epochs=2, batch_size=64, resume=True)
+    assert {tensor.device.type for tensor in again.state.optimizers["main"].average.average.values()} == {"cuda"}
+    for name, value in whole.objective.state_dict().items():
+        assert torch.equal(value, again.objective.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("microbatch", [None, 16])
 def test_a_step_in_fp16_does_not_wait_for_the_device(microbatch):
     loop = ax.Loop(Varied(), ax.Optimizer("adamw", lr=1e-3, clip_norm=1.0), precision="fp16", progress=False)

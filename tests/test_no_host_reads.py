@@ -143,6 +143,15 @@ def test_training_reads_as_often_in_a_long_epoch_as_in_a_short_one(reads, name, 
     assert within_short == within_long == 0
 
 
+@pytest.mark.parametrize("average", ["ema", ax.averages.swa(0, every=1)], ids=["ema", "swa"])
+def test_averages_read_nothing(reads, average):
+    spec = ax.Optimizer("adamw", lr=0.01, average=average)
+    short, _ = counted(reads, noisy(), spec, 20)
+    long, within = counted(reads, noisy(), spec, 60)
+    assert 0 < short == long
+    assert within == 0
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
 def test_batchnorm_and_dropout_read_nothing(reads, name):
     spec = ax.Optimizer(name, lr=0.01)

@@ -191,14 +191,13 @@ def _attached(name: str, value: Any, place: str) -> None:
             for index, own in enumerate(_list(part.get(key, []), f"{place}/{key}")):
                 _twister(own, f"{place}/{key}/{index}")
     if name.startswith("cadence/"):
-        _text(_of(part, "interval", place), f"{place}/interval")
-        _count(_of(part, "fired", place), f"{place}/fired")
-        if _of(part, "multiple", place) is not None:
-            _count(part["multiple"], f"{place}/multiple")
+        _cadence(part, place)
 
 
 def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
-    of_one = _only(value, place, "optimizers", "schedulers", "scale", "unscaled", "skipped", "in_a_row")
+    of_one = _only(value, place, "optimizers", "schedulers", "scale", "unscaled", "skipped", "in_a_row", "average")
+    if of_one.get("average") is not None:
+        _average(of_one["average"], f"{place}/average")
     groups = 0
     for index, part in enumerate(_list(_of(of_one, "optimizers", place), f"{place}/optimizers")):
         groups += _part(part, f"{place}/optimizers/{index}", objective)
@@ -215,6 +214,26 @@ def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
         raise _wrong(unscaled, f"{place}/unscaled", f"a rate for each of {groups} groups")
     for key in ("skipped", "in_a_row"):
         _count(_of(of_one, key, place), f"{place}/{key}")
+
+
+def _average(value: Any, place: str) -> None:
+    average = _only(value, place, "kind", "folds", "raw", "finer", "cadence")
+    _text(_of(average, "kind", place), f"{place}/kind")
+    _count(_of(average, "folds", place), f"{place}/folds")
+    for key in ("raw", "finer"):
+        for name, tensor in _texts(_of(average, key, place), f"{place}/{key}").items():
+            if not isinstance(tensor, Tensor) or (key == "finer" and name not in average["raw"]):
+                raise _wrong(tensor, f"{place}/{key}/{name}", "a tensor, of weights that are there")
+    if _of(average, "cadence", place) is not None:
+        _cadence(average["cadence"], f"{place}/cadence")
+
+
+def _cadence(value: Any, place: str) -> None:
+    part = _texts(value, place)
+    _text(_of(part, "interval", place), f"{place}/interval")
+    _count(_of(part, "fired", place), f"{place}/fired")
+    if _of(part, "multiple", place) is not None:
+        _count(part["multiple"], f"{place}/multiple")
 
 
 def _kind(value: Any, place: str) -> str:

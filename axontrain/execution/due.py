@@ -125,7 +125,7 @@ def _validate(run: Run, readings: dict[str, Any]) -> None:
     state.owed = [EVALUATE, *rest]
     found: dict[str, Any] = {}
     try:
-        found = evaluate(run.judge, run.validation, run.meter, state.seed, run.precision, run.interrupted)
+        found = evaluate(run.judge, run.validation, run.meter, state, run.precision, run.interrupted)
     except BaseException as error:
         if not isinstance(error, RuntimeError) or not run.lost(error):
             _record(state, readings)

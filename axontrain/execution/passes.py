@@ -16,15 +16,16 @@ from axontrain.execution.precision import Precision
 from axontrain.execution.steps import check_eval
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective, batch_size, task_of
+from axontrain.state import LoopState
 
 END = object()
 
 
 @contextlib.contextmanager
-def evaluating(objective: Objective, seed: int, precision: Precision) -> Iterator[None]:
-    """Eval mode, no gradients, and random numbers that follow from the run's seed, for the block."""
-    random = randomness.seeded(randomness.derive(seed, "evaluate"))
-    with modes.evaluation(objective), random, torch.no_grad(), precision.settings(), precision.computing():
+def evaluating(objective: Objective, state: LoopState, precision: Precision) -> Iterator[None]:
+    """Eval mode, averages of weights, no gradients, and random numbers that follow from the run's seed, for the block."""
+    random = randomness.seeded(randomness.derive(state.seed, "evaluate"))
+    with modes.evaluation(objective), state.averaged(), random, torch.no_grad(), precision.settings(), precision.computing():
         yield
 
 
@@ -32,15 +33,15 @@ def evaluate(
     objective: Objective,
     stream: Stream,
     meter: Meter,
-    seed: int,
+    state: LoopState,
     precision: Precision,
     interrupted: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Evaluate over all of a stream: the readings, means by items; none where it was interrupted."""
     meter.reset()
     meter.tasks = stream.tasks
-    with evaluating(objective, seed, precision):
-        for index, batch in enumerate(reading(stream.batches(seed, 0), "in evaluation")):
+    with evaluating(objective, state, precision):
+        for index, batch in enumerate(reading(stream.batches(state.seed, 0), "in evaluation")):
             with noted(f"in evaluation, batch {index}", batch, objective):
                 step = objective.eval_step(batch)
             if index == 0:
@@ -54,17 +55,17 @@ def evaluate(
     return meter.read(last=True)
 
 
-def predicting(objective: Objective, stream: Stream, seed: int, precision: Precision) -> Iterator[tuple[Any, int]]:
+def predicting(objective: Objective, stream: Stream, state: LoopState, precision: Precision) -> Iterator[tuple[Any, int]]:
     """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
     rng = None
     batches: Generator[Any, None, None] | None = None
     with contextlib.closing(stream), contextlib.ExitStack() as stack:
         while True:
-            with evaluating(objective, seed, precision):
+            with evaluating(objective, state, precision):
                 if rng is not None:
                     randomness.restore(rng)
                 if batches is None:
-                    batches = reading(stream.batches(seed, 0), "in prediction")
+                    batches = reading(stream.batches(state.seed, 0), "in prediction")
                     stack.callback(batches.close)
                 batch = next(batches, END)
                 if batch is END:

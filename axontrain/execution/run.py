@@ -185,6 +185,7 @@ def session(run: Run) -> Iterator[None]:
     state.status, state.plan, state.request, state.error = "running", run.plan, run.pending, None
     state.old_plan, state.half_done = run.plan, False
     clear_gradients(state.objective)
+    state.hide_averages()
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.lock)
         stack.enter_context(interruptible(lambda reason: ask(run, reason)))
@@ -216,6 +217,7 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            state.show_averages()
             run.batch = None
             for stream in (run.train, run.validation):
                 if stream is not None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 
 from axontrain.errors import ConfigurationError
+from axontrain.execution.averaged import Averaged
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
 from axontrain.execution.precision import FP32, Precision, Scaler
 from axontrain.execution.steps import OneLoss, Runner, SeveralLosses
@@ -32,6 +33,18 @@ def runner(
         scaler: of losses, if the precision has one.
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
     """
+    run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
+    return Averaged(run, state) if any(update.average is not None for update in state.optimizers.values()) else run
+
+
+def _of_updates(
+    state: LoopState,
+    after_backward: Callable[[LoopState], None] | None,
+    cut: Cut | None,
+    precision: Precision,
+    scaler: Scaler | None,
+    keeps_predictions: bool,
+) -> Runner:
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
     after_backward = None if after_backward is None else _within_a_step(after_backward)
     several = inspect.isgeneratorfunction(objective.train_step)

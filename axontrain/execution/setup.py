@@ -22,6 +22,9 @@ DECIDES_BATCHES = ("accumulate", "samples", "length", "batch_size", "shuffle", "
 WORDS = {"accumulate": "number of batches in a step", "batch_size": "samples in a batch", "length": "number of batches"}
 
 
+OF_THE_LOOP = ("average", "clip_norm", "clip_value")  # options of an Optimizer that no state holds
+
+
 def describe(
     state: LoopState,
     train: Stream,
@@ -148,7 +151,7 @@ def _of_optimizer(name: str, before: Mapping[str, Any], after: Mapping[str, Any]
     for key in sorted({*before, *after} - {"schedule", "set", *after["set"]}):
         if change := _changed(before.get(key), after.get(key)):
             how = f"the run keeps what it had (to change it: loop.restore, loop.state.optimizers[{name!r}].set, fit)"
-            how = "the clipping is that of this Loop" if key.startswith("clip") else how
+            how = f"the {'average' if key == 'average' else 'clipping'} is that of this Loop" if key in OF_THE_LOOP else how
             changes.append(f"{key} of the optimizer {name!r}: {change}; {how}")
     if _plain(before.get("schedule")) != _plain(after.get("schedule")):
         how = "this Loop's is used" if after.get("schedule") is not None else "there is none, and the rate stays where it was"

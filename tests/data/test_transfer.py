@@ -150,3 +150,15 @@ def test_an_error_in_reading_leaves_no_worker():
         assert gone(set(children()) - before)
     finally:
         gc.enable()
+
+
+def test_an_error_in_prediction_leaves_no_worker():
+    def predict_some():
+        loop = ax.Loop(ax.Supervised(torch.nn.Linear(3, 1), "mse"), device="cuda", progress=False)  # 4 features come
+        with pytest.raises(RuntimeError) as caught:
+            loop.predict(ax.Loader(Noisy(), 8, workers=2))
+        assert caught.value.__traceback__ is not None
+        assert gone(set(children()) - before)
+
+    before = set(children())
+    predict_some()

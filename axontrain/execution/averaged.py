@@ -1,0 +1,34 @@
+"""A step runner whose steps are followed by the averages of weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axontrain.averages import Average
+from axontrain.execution.steps import Runner
+from axontrain.objective import Step, batch_size
+from axontrain.state import LoopState
+from axontrain.update import Update
+
+
+class Averaged:
+    """Steps as another runner does them; then the average of each optimizer that was at work takes its weights in."""
+
+    def __init__(self, run: Runner, state: LoopState) -> None:
+        self.run, self.state = run, state
+        self.averages: list[tuple[Update, Average]] = [
+            (update, update.average) for update in state.optimizers.values() if update.average is not None
+        ]
+
+    def __call__(self, batch: Any) -> Step:
+        before = []
+        for update, average in self.averages:
+            average.settle(self.state)
+            average.begin()
+            before.append(update.steps)
+        step = self.run(batch)
+        samples = batch_size(batch)
+        for (update, average), steps in zip(self.averages, before, strict=True):
+            if update.steps != steps and update.flag is not None:
+                average.stepped(update.flag, samples)
+        return step
