@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from axontrain import averages, data, metrics, schedules
 from axontrain.callback import Callback
-from axontrain.callbacks import Checkpoint, EarlyStopping, LearningRate, ProgressBar, ReduceLROnPlateau
+from axontrain.callbacks import Checkpoint, EarlyStopping, Freeze, LearningRate, ProgressBar, ReduceLROnPlateau, Unfreeze
 from axontrain.checkpoint.weights import load_weights
 from axontrain.clock import Duration, Every
 from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
@@ -35,7 +35,7 @@ from axontrain.errors import (
 from axontrain.history import History
 from axontrain.loop import Loop
 from axontrain.objective import Objective, Step, Supervised, TaskBatch
-from axontrain.optimizer import Optimizer
+from axontrain.optimizer import Optimizer, layerwise
 from axontrain.preflight import Report
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 from axontrain.version import VERSION
@@ -61,6 +61,7 @@ __all__ = [
     "EarlyStopping",
     "EmptyDataError",
     "Every",
+    "Freeze",
     "History",
     "LearningRate",
     "Loader",
@@ -88,11 +89,13 @@ __all__ = [
     "Supervised",
     "TableDataset",
     "TaskBatch",
+    "Unfreeze",
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
     "averages",
     "data",
+    "layerwise",
     "load_weights",
     "metrics",
     "order",

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 
 from axontrain import callback, checkpoint, randomness
-from axontrain.averages import buffers_of
 from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook
 from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
@@ -111,7 +110,7 @@ class Loop:
         self.directory = None if directory is None else Path(directory)
         self.optimizers = named(optimizer)
         bound = {
-            name: Update(name, self.optimizers[name], parameters, buffers_of(objective, parameters))
+            name: Update(name, self.optimizers[name], parameters, objective)
             for name, parameters in route(objective, self.optimizers).items()
         }
         following = int(torch.randint(2**62, ())) if seed is None else seed

@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from axontrain import averages, schedules
 from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown, whole
 
 Predicate = Callable[[str, nn.Parameter], bool]
-Selection = str | Predicate
+Selection = str | Predicate | type[nn.Module]
+# Layers whose parameters are scales and shifts, of whatever shape.
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Optimizer:
@@ -35,11 +38,14 @@ class Optimizer:
         clip_norm: scale gradients down so that their norm over all parameters is at most this. A norm that is too large for
             float32 (above about 1e19) counts as not finite.
         clip_value: clamp each gradient element to within ± this; before ``clip_norm`` where both are given.
-        groups: ``{pattern or predicate: options}``. A pattern is a glob over parameter names (``"*.bias"``), a predicate
-            takes ``(name, parameter)``. Options are the optimizer's own (``lr``, ``weight_decay``, ...); with
-            ``optimizer=`` a group has an algorithm of its own. What no group matches has the options given here.
-        params: the parameters it takes, as a pattern, a list of patterns or a predicate; without it a lone Optimizer
-            takes all, and one in a dict takes the submodule of its name.
+        groups: ``{selection: options}``. A selection is a glob over parameter names (``"*.bias"``), a predicate of
+            ``(name, parameter)``, or a module type (``nn.Embedding``), whose own parameters are meant. Options are the
+            optimizer's (``lr``, ``weight_decay``, ...); with ``optimizer=`` a group has an algorithm of its own. What no
+            group matches has the options given here. :func:`layerwise` makes groups of learning rates.
+        no_decay: no weight decay for biases, scales and the parameters of normalisation layers: those of fewer than two
+            dimensions and those of BatchNorm, LayerNorm, GroupNorm and RMSNorm. What a group says itself goes before.
+        params: the parameters it takes, as a pattern, a list of patterns, a predicate or a module type; without it a lone
+            Optimizer takes all, and one in a dict takes the submodule of its name.
         on_nonfinite: what to do with an update whose loss or gradients are not finite: "skip" it on the device, without
             a host read, and warn at the next reading; or "raise" at once, at the cost of a host read each step.
         average: "ema" or "swa", or :func:`axontrain.averages.ema` or :func:`~axontrain.averages.swa` with arguments: what is
@@ -49,7 +55,7 @@ class Optimizer:
 
     Algorithms run fused wherever torch can and nothing was said otherwise (``fused=False``).
 
-    >>> Optimizer("adamw", lr=1e-3, groups={"*.bias": {"weight_decay": 0.0}})
+    >>> Optimizer("adamw", lr=1e-3, weight_decay=0.1, no_decay=True, groups={nn.Embedding: {"lr": 1e-4}})
     Optimizer('adamw', lr=0.001)
 
     Raises:
@@ -65,6 +71,7 @@ class Optimizer:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         groups: Mapping[Selection, Mapping[str, Any]] | None = None,
+        no_decay: bool = False,
         params: Selection | Sequence[str] | None = None,
         average: str | averages.EMA | averages.SWA | None = None,
         on_nonfinite: str = "skip",
@@ -78,6 +85,9 @@ class Optimizer:
         self.clip_norm = None if clip_norm is None else _number("clip_norm", clip_norm, above=0.0)
         self.clip_value = None if clip_value is None else _number("clip_value", clip_value, above=0.0)
         self.groups = dict(groups or {})
+        if not isinstance(no_decay, bool):
+            raise ConfigurationError(f"no_decay={no_decay!r}: True or False")
+        self.no_decay = no_decay
         self.params = params
         self.average = averages.parse(average)
         if on_nonfinite not in ("skip", "raise"):
@@ -91,9 +101,13 @@ class Optimizer:
             raise ConfigurationError(f"schedule={name}: call it, as in ax.schedules.{name}()")
         self.kwargs = kwargs
         _check_options(self.factory, self.name, kwargs)
+        if no_decay and isinstance(self.factory, type) and "weight_decay" not in _accepted(self.factory):
+            raise ConfigurationError(f"no_decay=True has no effect: {self.name} has no weight_decay")
         for selection, options in self.groups.items():
             if not isinstance(selection, str) and not callable(selection):
-                raise ConfigurationError(f"groups: {selection!r} is neither a pattern nor a predicate(name, parameter)")
+                raise ConfigurationError(
+                    f"groups: {selection!r} is neither a pattern, nor a predicate(name, parameter), nor a module type"
+                )
             if not isinstance(options, Mapping):
                 raise ConfigurationError(f"groups[{selection!r}] is {kind_of(options)}; it is a mapping of options")
             own = dict(options)
@@ -134,7 +148,7 @@ def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, d
     taken: dict[str, dict[str, nn.Parameter]] = {}
     for name, optimizer in optimizers.items():
         if optimizer.params is not None:
-            found = _selected(parameters, optimizer.params, f"params= of the optimizer {name!r}")
+            found = _selected(parameters, optimizer.params, f"params= of the optimizer {name!r}", _owners(module))
         elif len(optimizers) == 1 and name == MAIN:
             found = parameters
         else:
@@ -168,8 +182,30 @@ def check_covered(module: nn.Module, taken: Mapping[str, Mapping[str, nn.Paramet
         )
 
 
-def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[Part]:
-    """Divide parameters into groups, and the groups among torch optimizers.
+def layerwise(patterns: Sequence[str], *, lr: float, decay: float) -> dict[Selection, Mapping[str, Any]]:
+    """Groups whose learning rate falls with their distance from the output (Howard and Ruder 2018, arXiv:1801.06146).
+
+    Args:
+        patterns: of the layers, from the input to the output.
+        lr: of the last; each before it has ``decay`` times that of the one behind it.
+        decay: above 0, at most 1.
+
+    >>> layerwise(["embedding.*", "blocks.0.*", "blocks.1.*"], lr=1e-3, decay=0.5)
+    {'embedding.*': {'lr': 0.00025}, 'blocks.0.*': {'lr': 0.0005}, 'blocks.1.*': {'lr': 0.001}}
+
+    Raises:
+        ConfigurationError: for a decay or a rate out of bounds, or a pattern twice.
+    """
+    lr, decay = _number("lr", lr, at_least=0.0), _number("decay", decay, above=0.0)
+    if decay > 1:
+        raise ConfigurationError(f"decay={decay!r}: at most 1, as layers near the input are to learn more slowly")
+    if isinstance(patterns, str) or len(set(patterns)) != len(patterns):
+        raise ConfigurationError(f"layerwise({patterns!r}): a list of patterns, each once, from the input to the output")
+    return {pattern: {"lr": lr * decay ** (len(patterns) - 1 - depth)} for depth, pattern in enumerate(patterns)}
+
+
+def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], module: nn.Module | None = None) -> list[Part]:
+    """Divide parameters into groups, and the groups among torch optimizers; ``module`` has them, where types are asked for.
 
     Raises:
         OptimizerError: where a group matches nothing, or two groups match one parameter.
@@ -178,8 +214,9 @@ def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[
     main = Part(optimizer.factory, {"lr": optimizer.lr, **optimizer.kwargs}, [])
     found: list[Part] = [main]
     matched: dict[str, Selection] = {}
+    owners = _owners(module)
     for selection, options in optimizer.groups.items():
-        chosen = _selected(parameters, selection, "groups of the optimizer")
+        chosen = _selected(parameters, selection, "groups of the optimizer", owners)
         twice = [name for name in chosen if name in matched]
         if twice:
             raise OptimizerError(
@@ -197,7 +234,38 @@ def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> list[
         found.append(Part(factory, {"lr": optimizer.lr, **own}, [(chosen, {})]))
     if rest:
         main.groups.insert(0, (rest, {}))
+    if optimizer.no_decay:
+        for part in found:
+            if "weight_decay" in _accepted(part.factory):
+                part.groups = [divided for group in part.groups for divided in _without_decay(*group, owners)]
     return [part for part in found if part.groups]
+
+
+Owners = Mapping[int, Sequence[nn.Module]]  # of parameters, by id
+
+
+def _owners(module: nn.Module | None) -> Owners:
+    owners: dict[int, list[nn.Module]] = {}
+    for part in () if module is None else module.modules():
+        for parameter in part.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(part)
+    return owners
+
+
+def _without_decay(
+    parameters: dict[str, nn.Parameter], options: dict[str, Any], owners: Owners
+) -> list[tuple[dict[str, nn.Parameter], dict[str, Any]]]:
+    """A group, and apart from it those of its parameters that have no weight decay."""
+    if "weight_decay" in options:
+        return [(parameters, options)]
+    spared = {
+        name: p
+        for name, p in parameters.items()
+        if p.ndim < 2 or any(isinstance(owner, NORMS) for owner in owners.get(id(p), ()))
+    }
+    decayed = {name: p for name, p in parameters.items() if name not in spared}
+    groups = [(decayed, options), (spared, {**options, "weight_decay": 0.0})]
+    return [group for group in groups if group[0]]
 
 
 def build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
@@ -279,14 +347,21 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
             raise unknown(f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])])
 
 
-OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "params", "average", "on_nonfinite", "patience")
+OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "on_nonfinite", "patience")
 
 
 def _selected(
-    parameters: Mapping[str, nn.Parameter], selection: Selection | Sequence[str], where: str
+    parameters: Mapping[str, nn.Parameter], selection: Selection | Sequence[str], where: str, owners: Owners | None = None
 ) -> dict[str, nn.Parameter]:
-    if callable(selection):
-        found = {name: p for name, p in parameters.items() if selection(name, p)}
+    if isinstance(selection, type) and issubclass(selection, nn.Module):
+        found = {
+            name: p
+            for name, p in parameters.items()
+            if any(isinstance(owner, selection) for owner in (owners or {}).get(id(p), ()))
+        }
+    elif callable(selection):
+        predicate: Callable[..., Any] = selection
+        found = {name: p for name, p in parameters.items() if predicate(name, p)}
     else:
         patterns = [selection] if isinstance(selection, str) else list(selection)
         found = {}

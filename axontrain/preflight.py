@@ -298,7 +298,7 @@ def _trainer(
     for optimizer in plain.values():
         optimizer.schedule = None  # a warm-up from zero would say that nothing is learnt
         optimizer.patience = 10**9
-    bound = {name: Update(name, plain[name], of_name) for name, of_name in route(objective, plain).items()}
+    bound = {name: Update(name, plain[name], of_name, objective) for name, of_name in route(objective, plain).items()}
     state = LoopState(objective, bound, seed, Meter())
     return state, runner(state, None, precision=precision, scaler=precision.scaler(objective))
 

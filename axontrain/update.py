@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from axontrain.averages import Average, Slot, check_raw
+from axontrain.averages import Average, buffers_of, check_raw
 from axontrain.clock import Clock
 from axontrain.errors import (
     CheckpointError,
@@ -49,7 +49,7 @@ class Update:
         name: str,
         spec: Optimizer,
         parameters: Mapping[str, nn.Parameter],
-        buffers: Mapping[str, Slot] | None = None,
+        module: nn.Module | None = None,
         *,
         fused: bool = True,
     ) -> None:
@@ -58,11 +58,12 @@ class Update:
         self.tensors = list(self.parameters.values())
         self.optimizers: list[torch.optim.Optimizer] = []
         self._guards: list[Guard] = []
-        for part in parts(spec, self.parameters):
+        for part in parts(spec, self.parameters, module):
             optimizer, is_fused = build(part, fused)
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
-        self.average = None if spec.average is None else Average(spec.average, self.parameters, buffers or {})
+        buffers = {} if module is None else buffers_of(module, self.parameters)
+        self.average = None if spec.average is None else Average(spec.average, self.parameters, buffers)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them

@@ -145,7 +145,7 @@ def test_a_callable_without_a_rate_keeps_its_own():
         (lambda: ax.Optimizer("sgd", lr=0.1, patience=0), ax.ConfigurationError, "patience=0"),
         (lambda: ax.Optimizer("sgd", lr=0.1, patience=True), ax.ConfigurationError, "patience=True"),
         (lambda: ax.Optimizer("sgd", lr=0.1, schedule="cosine"), ax.ConfigurationError, "schedule='cosine': a function"),
-        (lambda: ax.Optimizer("sgd", lr=0.1, groups={3: {}}), ax.ConfigurationError, "3 is neither a pattern nor a predicate"),
+        (lambda: ax.Optimizer("sgd", lr=0.1, groups={3: {}}), ax.ConfigurationError, "3 is neither a pattern, nor a predicate"),
         (lambda: ax.Optimizer("sgd", lr=0.1, groups={"*": 0.1}), ax.ConfigurationError, "it is a mapping of options"),
     ],
 )
@@ -528,3 +528,69 @@ def test_an_update_stands_by_itself():
     expected = before - 0.1 * net.head.weight.grad
     assert update.update(loss.detach(), {}).item() == 0
     torch.testing.assert_close(net.head.weight.detach(), expected)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.norm = nn.LayerNorm((3, 4))
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def groups_of(optimizer, module=None):
+    """The options that each parameter gets."""
+    module = Blocks() if module is None else module
+    update = Update("main", optimizer, dict(module.named_parameters()), module)
+    names = {id(p): name for name, p in module.named_parameters()}
+    return {names[id(p)]: group for one in update.optimizers for group in one.param_groups for p in group["params"]}
+
+
+def test_groups_by_module_type_are_its_own_parameters():
+    found = groups_of(ax.Optimizer("adamw", lr=0.1, groups={nn.Embedding: {"lr": 0.01}, nn.LayerNorm: {"lr": 0.02}}))
+    assert {name: group["lr"] for name, group in found.items()} == {
+        "embedding.weight": 0.01, "norm.weight": 0.02, "norm.bias": 0.02, "scale": 0.1,
+        **{f"blocks.{i}.{kind}": 0.1 for i in range(2) for kind in ("weight", "bias")},
+    }  # fmt: skip
+    with pytest.raises(ax.OptimizerError, match=r"Conv2d.* matches no parameter"):
+        groups_of(ax.Optimizer("adamw", lr=0.1, groups={nn.Conv2d: {"lr": 0.01}}))
+
+
+def test_by_one_word_biases_and_norms_have_no_decay():
+    spec = ax.Optimizer(
+        "adamw", lr=0.1, weight_decay=0.3, no_decay=True,
+        groups={"embedding.*": {"lr": 0.01}, "blocks.0.bias": {"weight_decay": 0.2}, "blocks.1.*": {"optimizer": "sgd"}},
+    )  # fmt: skip
+    found = groups_of(spec)
+    assert {name: group["weight_decay"] for name, group in found.items()} == {
+        "embedding.weight": 0.3, "blocks.0.weight": 0.3, "blocks.0.bias": 0.2, "blocks.1.weight": 0, "blocks.1.bias": 0.0,
+        "norm.weight": 0.0, "norm.bias": 0.0, "scale": 0.0,
+    }  # fmt: skip
+    assert found["embedding.weight"]["lr"] == 0.01
+    assert found["blocks.0.weight"]["lr"] == 0.1
+
+
+def test_layers_near_the_input_learn_more_slowly():
+    groups = ax.layerwise(["embedding.*", *(f"blocks.{i}.*" for i in range(2))], lr=0.8, decay=0.5)
+    found = groups_of(ax.Optimizer("sgd", lr=0.1, groups=groups))
+    assert {name: round(group["lr"], 6) for name, group in found.items() if name.endswith("weight")} == {
+        "embedding.weight": 0.2, "blocks.0.weight": 0.4, "blocks.1.weight": 0.8, "norm.weight": 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ax.layerwise(["a.*"], lr=1, decay=0), "decay=0: above 0"),
+        (lambda: ax.layerwise(["a.*"], lr=1, decay=1.5), "at most 1"),
+        (lambda: ax.layerwise("a.*", lr=1, decay=0.5), "a list of patterns"),
+        (lambda: ax.layerwise(["a.*", "a.*"], lr=1, decay=0.5), "each once"),
+        (lambda: ax.Optimizer("sgd", lr=1, no_decay="biases"), "True or False"),
+        (lambda: ax.Optimizer("rprop", lr=1, no_decay=True), "rprop has no weight_decay"),
+        (lambda: ax.Optimizer("sgd", lr=1, groups={3: {}}), "nor a module type"),
+    ],
+)
+def test_groups_that_cannot_be_are_told(make, told):
+    with pytest.raises(ax.ConfigurationError, match=told):
+        make()

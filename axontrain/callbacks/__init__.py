@@ -2,8 +2,9 @@
 
 from axontrain.callbacks.checkpoint import Checkpoint
 from axontrain.callbacks.early_stopping import EarlyStopping
+from axontrain.callbacks.freezing import Freeze, Unfreeze
 from axontrain.callbacks.learning_rate import LearningRate
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.callbacks.reduce_lr import ReduceLROnPlateau
 
-__all__ = ["Checkpoint", "EarlyStopping", "LearningRate", "ProgressBar", "ReduceLROnPlateau"]
+__all__ = ["Checkpoint", "EarlyStopping", "Freeze", "LearningRate", "ProgressBar", "ReduceLROnPlateau", "Unfreeze"]

@@ -190,6 +190,12 @@ def _attached(name: str, value: Any, place: str) -> None:
         for key in ("begun", "now"):
             for index, own in enumerate(_list(part.get(key, []), f"{place}/{key}")):
                 _twister(own, f"{place}/{key}/{index}")
+    if name == "microbatch":
+        for key in ("size", "smaller"):
+            if _of(part, key, place) is not None and not _count(part[key], f"{place}/{key}"):
+                raise _wrong(part[key], f"{place}/{key}", "None, or a whole number above 0")
+        for key in ("wait", "since"):
+            _count(_of(part, key, place), f"{place}/{key}")
     if name.startswith("cadence/"):
         _cadence(part, place)
 

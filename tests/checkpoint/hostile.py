@@ -276,9 +276,8 @@ def states(good):
         "a setup whose versions are text": {"setup/versions": "1.0"},
         "a setup whose optimizers are lists": {"setup/optimizers": {"main": []}},
         "a setup of tensors": {"setup/data/samples": torch.ones(2)},
-        "attached text": {"attached/own": "x"},
-        "attached null": {"attached/own": None},
-        "an attached tensor": {"attached/own": torch.ones(1)},
+        "a microbatch of none": {"attached/microbatch": {"size": 0, "wait": 1, "since": 0, "smaller": None}},
+        "a microbatch that is text": {"attached/microbatch": {"size": "8", "wait": 1, "since": 0, "smaller": None}},
         "a cadence that fires text": {"attached/cadence~validate/fired": "x"},
         "a cadence without an interval": {"attached/cadence~validate/interval": ...},
         "data at no place": {"attached/data": {"position": [0], "consumed": 0, "turns": 0}},
@@ -456,6 +455,9 @@ def misfits(good):
                                                                     "updates": 1}}},
         "a callback that lacks all": {"attached/callback~EarlyStopping(val~loss)": {}},
         "a part that is empty": {"attached/own": {}},
+        "a part that is text": {"attached/own": "x"},
+        "a part that is null": {"attached/own": None},
+        "a part that is a tensor": {"attached/own": torch.ones(1)},
         "a part of another kind": {"attached/own": {"numbers": 3, "mask": "x"}},
     }  # fmt: skip
 
