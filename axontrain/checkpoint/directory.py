@@ -106,7 +106,7 @@ def write(path: str | os.PathLike[str], tree: Any, about: Mapping[str, Any] | No
     if target.exists() and not ours:
         raise CheckpointError(f"{target} is there and is no checkpoint: choose another path, nothing was written")
     what = encoded(tree, about)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make(target.parent)
     return commit(target, what)
 
 
@@ -345,6 +345,15 @@ def _described(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def make(directory: Path) -> None:
+    """Make a directory and those that it lies in, where they are not there, so that a power cut does not take them again."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        for path in reversed(made):
+            sync(path.parent)
 
 
 def sync(path: Path) -> None:

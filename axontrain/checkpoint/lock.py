@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 
+from axontrain.checkpoint.directory import make
 from axontrain.errors import AxonWarning, ConfigurationError
 
 NAME = ".lock"
@@ -48,7 +49,7 @@ class DirectoryLock:
     def __init__(self, directory: Path) -> None:
         self._key: tuple[int, int] | None = None
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            make(directory)
         except OSError as error:
             raise ConfigurationError(f"directory={str(directory)!r} cannot be made: {error}") from error
         try:

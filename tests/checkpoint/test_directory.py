@@ -531,3 +531,16 @@ def test_reading_writes_imports_and_executes_nothing(saved, tmp_path):
         **dict.fromkeys(made, "refused"), "good": "read", "no checkpoint": "refused", "nothing": "refused"
     }  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == listed
+
+
+def test_directories_that_are_made_are_on_the_disk(tmp_path, monkeypatch):
+    """Their names are in their parents, which have to be there after a power cut."""
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (synced.append(str(Path(f"/proc/self/fd/{file}").readlink())), fsync(file))[1]
+    )
+    directory.make(tmp_path / "runs" / "first")
+    assert synced == [str(tmp_path), str(tmp_path / "runs")]
+    directory.make(tmp_path / "runs" / "first")
+    assert len(synced) == 2
