@@ -287,7 +287,7 @@ class Loop:
             self._by_hand = self._start.runner(None)
             self._next_reading = perf_counter() + READ_EVERY_SECONDS
             clear_gradients(self.objective)
-        state.hide_averages()
+        state.hide_averages()  # where a fit has left them in the module
         batch = to_device(batch, self.device)
         batch = batch if self.precision.dtype is None else self.precision.batch(batch)
         noting = noted("in train_on_batch", batch, self.objective)

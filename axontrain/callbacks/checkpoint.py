@@ -269,9 +269,8 @@ class Checkpoint(Saver):
             self._fail(error)
             return
         number = max((entry.number for entry in there), default=0)
-        state.newest = self._number = number = (
-            max(number, self._number) + 1
-        )  # of those that could not be looked at it is not known
+        number = max(number, self._number) + 1  # of those that could not be looked at it is not known
+        state.newest = self._number = number
         self._verified &= {entry.path.name for entry in there}
         # A run that ended with a permanent one and is started again saves that step once more.
         permanent = permanent or any(entry.permanent for entry in there if entry.step == state.step)

@@ -103,7 +103,7 @@ class Keep:
         """
         if self.last is None:
             return []
-        good = [entry for entry in entries if not entry.problem]  # ranked() leaves the others out too
+        good = [entry for entry in entries if not entry.problem]
         kept = {id(entry) for entry in (*good[-self.last :], *self.ranked(good)[: self.best], *entries[-1:])}
         return [entry for entry in good if id(entry) not in kept and not entry.permanent]
 

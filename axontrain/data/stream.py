@@ -153,7 +153,7 @@ class Stream:
 
     def finish(self, seed: int, epoch: int, index: int) -> None:
         """Read the end of a pass of which all batches were trained on, where it was left before that."""
-        if self.source is not None and self.limit is None:
+        if self.source is not None and self.limit is None and self.length is not None:  # else there may be more
             size = None if self.loader is None else self.loader.batch_size
             self.source.finish(seed, epoch, index * (self.accumulate or 1), size)
 

@@ -53,7 +53,12 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
             yield f"the batch holds float64, the parameters are {', '.join(dtypes)}: convert the data, as by .float()"
     if "0D or 1D target" in text or "multi-target not supported" in text:
         yield "cross_entropy takes class numbers of shape (B,): for targets of shape (B, 1), squeeze them, as by .squeeze(-1)"
-    wrong = ("expected scalar type Long", "not implemented for 'Int'", "expected target dtype", '"nll_loss')
+    wrong = (
+        "expected scalar type Long",
+        "not implemented for 'Int'",
+        "expected target dtype",
+        'kernel_2d_index" not implemented',
+    )
     if any(part in text for part in wrong):  # the last is a GPU's
         yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
     if "more than 1 value per channel" in text:

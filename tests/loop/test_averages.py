@@ -318,6 +318,16 @@ def test_by_hand_the_module_holds_the_raw_weights_and_is_evaluated_by_the_averag
     alone.load_state_dict({**raw, **average})
     assert loop.evaluate(TEST) == ax.Loop(alone, progress=False).evaluate(TEST)
     assert all(torch.equal(value, raw[name]) for name, value in loop.objective.state_dict().items())
+    loop.fit(TRAIN, epochs=1, batch_size=8)
+    before, shown = loop.save(), weights(loop)
+    fitted = before["optimizers"]["main"]["average"]["raw"]
+    loop.train_on_batch(batches[0])
+    one_step = loop.objective.net[0].weight - fitted["net.0.weight"]
+    expected = loop_of(averages.ema(0.9), optimizer="sgd")
+    expected.objective.load_state_dict({**shown, **fitted})
+    expected.state.rng = before["rng"]
+    expected.train_on_batch(batches[0])
+    torch.testing.assert_close(one_step, expected.objective.net[0].weight - fitted["net.0.weight"])
     with pytest.raises(ax.ConfigurationError, match="knows no end"):
         loop_of("swa").train_on_batch(batches[0])
 
