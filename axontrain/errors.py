@@ -34,7 +34,7 @@ import inspect
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -104,7 +104,15 @@ class MetricError(AxonError, ValueError):
 
 
 class NonFiniteError(AxonError, ArithmeticError):
-    """Loss or gradients were not finite, and the optimizer was told not to go on."""
+    """Loss or gradients were not finite, and the optimizer was told not to go on.
+
+    Attributes:
+        steps: the steps that it is about, from 1, of the run.
+    """
+
+    def __init__(self, message: str, steps: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.steps = tuple(steps)
 
 
 class CheckpointError(AxonError, RuntimeError):

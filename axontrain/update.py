@@ -125,7 +125,7 @@ class Update:
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         step = clock.step + 1 if clock is not None else len(self._pending) + 1
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
-            raise NonFiniteError(self._described(step, loss, terms))
+            raise NonFiniteError(self._described(step, loss, terms), [step])
         if spec.clip_value is not None:
             for gradient in gradients:
                 (gradient._values() if gradient.is_sparse else gradient).clamp_(-spec.clip_value, spec.clip_value)
@@ -174,7 +174,8 @@ class Update:
         if longest >= patience:
             raise NonFiniteError(
                 f"{message}; {longest} in a row, patience={patience}. The weights are those from before. Lower "
-                f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first."
+                f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first.",
+                [step for step, *_ in left_out],
             )
         warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)
 

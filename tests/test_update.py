@@ -738,3 +738,46 @@ def test_an_optimizer_whose_parameters_are_all_frozen_waits_until_they_are_thawe
     assert torch.equal(loop.objective.body.weight, before)
     loop.fit(data(2), epochs=1)
     assert not torch.equal(loop.objective.body.weight, before)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("accumulate", [None, 2])
+def test_an_error_names_the_samples_of_the_step(shuffle, accumulate):
+    x, y = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 1)
+    x[29] = math.nan
+    loop = ax.Loop(ax.Supervised(nn.Linear(4, 1), "mse"), ax.Optimizer("sgd", lr=0.1, on_nonfinite="raise"), progress=False)
+    loader = ax.Loader(ax.ArrayDataset(x, y), 8, shuffle=shuffle)
+    if accumulate is None:
+        with pytest.raises(ax.NonFiniteError) as caught:
+            loop.fit(loader, epochs=1)
+        [note] = [note for note in caught.value.__notes__ if "samples" in note]
+        batch = next(batch for batch in loader.order(0).split(8) if 29 in batch)
+        assert f"samples {', '.join(map(str, batch.tolist()))} of the training data" in note
+        assert caught.value.steps == (1 + [29 in batch for batch in loader.order(0).split(8)].index(True),)
+    else:
+        with pytest.raises(ax.NonFiniteError) as caught:
+            loop.fit(list(loader), epochs=1, accumulate=accumulate)
+        assert not any("samples" in note for note in caught.value.__notes__), "of a list nobody knows"
+
+
+def test_many_in_a_row_name_those_of_the_present_epoch():
+    x, y = torch.randn(40, 4), torch.zeros(40, 1)
+    x[8:] = math.nan
+    spec = ax.Optimizer("sgd", lr=0.1, patience=3)
+    loop = ax.Loop(ax.Supervised(nn.Linear(4, 1), "mse"), spec, progress=False)
+    with pytest.raises(ax.NonFiniteError) as caught:
+        loop.fit(ax.Loader(ax.ArrayDataset(x, y), 8), epochs=1)
+    assert caught.value.steps == (2, 3, 4, 5)
+    told = [note for note in caught.value.__notes__ if "samples" in note]
+    assert [note.partition(" was")[0] for note in told] == ["step 2", "step 3", "step 4", "step 5"]
+    assert "samples 8, 9, 10, 11, 12, 13, 14, 15 of" in told[0]
+
+
+def test_of_gathered_batches_all_samples_are_named():
+    x, y = torch.randn(40, 4), torch.zeros(40, 1)
+    x[9] = math.nan
+    spec = ax.Optimizer("sgd", lr=0.1, on_nonfinite="raise")
+    loop = ax.Loop(ax.Supervised(nn.Linear(4, 1), "mse"), spec, progress=False)
+    with pytest.raises(ax.NonFiniteError) as caught:
+        loop.fit(ax.Loader(ax.ArrayDataset(x, y), 4), epochs=1, accumulate=2)
+    assert any("step 2 was of the samples 8, 9, 10, 11, 12, 13, 14, 15 of" in note for note in caught.value.__notes__)

@@ -196,6 +196,14 @@ class Loader:
         """
         return torch.cat(list(self._rows().batches(seed if self.seed is None else self.seed, epoch, 0, None)))
 
+    def samples(self, seed: int, epoch: int, start: int, stop: int | None = None) -> list[int]:
+        """Which samples the batches of an epoch from ``start`` to before ``stop`` are made of, as :meth:`batches` gives them.
+
+        >>> Loader(range(10), 4).samples(seed=0, epoch=0, start=2)
+        [8, 9]
+        """
+        return [row for rows in self._rows().batches(seed, epoch, start, stop) for row in rows.tolist()]
+
     def close(self) -> None:
         """End the workers of passes that are over; another pass starts new ones."""
         for pool in [pool for pool in self._held.pools if not pool.busy]:

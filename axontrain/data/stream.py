@@ -157,6 +157,16 @@ class Stream:
             size = None if self.loader is None else self.loader.batch_size
             self.source.finish(seed, epoch, index * (self.accumulate or 1), size)
 
+    def samples(self, seed: int, epoch: int, index: int) -> list[int]:
+        """Which samples of a dataset a batch was made of; none where that is not for this to say."""
+        loader = self.loader
+        if loader is None or loader.iterable or isinstance(loader.dataset, Mixture):
+            return []
+        if loader.sampler is not None or loader.batch_sampler is not None:  # somebody else's, who may draw when asked again
+            return []
+        own, together = seed if loader.seed is None else loader.seed, self.accumulate or 1
+        return loader.samples(own, epoch, index * together, (index + 1) * together)
+
     def goes_on_from(self, other: Stream) -> bool:
         """Take over how far ``other`` has read the same data; False if the batches are not the same as there."""
         if self.accumulate != other.accumulate:

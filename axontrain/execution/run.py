@@ -15,7 +15,7 @@ from axontrain import randomness
 from axontrain.callback import Hooks, Saver
 from axontrain.clock import Cadence, Plan
 from axontrain.data.stream import Stream
-from axontrain.errors import WorkerError
+from axontrain.errors import NonFiniteError, WorkerError
 from axontrain.execution import modes
 from axontrain.execution.notes import note
 from axontrain.execution.precision import Precision
@@ -26,6 +26,7 @@ from axontrain.objective import Objective, Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
+MOST_NOTED, MOST_SAMPLES = 4, 32  # batches, and samples of each, that an error tells of
 SIGNALLED = 0.3  # seconds within which a signal reaches all of a group of processes
 READ_EVERY_SECONDS = 1.0
 # What an interruption can leave undone at the end of a step: all of validating, all but the draws before it, after_epoch; or
@@ -211,6 +212,8 @@ def session(run: Run) -> Iterator[None]:
             within = run.batch is not None and state.last is None  # from the forward pass to the update
             state.half_done = within or (not isinstance(error, Exception) and EVALUATE not in state.owed)
             note(error, where(run), run.batch, state.objective)
+            if isinstance(error, NonFiniteError):
+                note_samples(error, run)
             if hooks.on_error is not None:
                 with randomness.kept():
                     hooks.on_error(state)
@@ -270,6 +273,21 @@ def clear_gradients(module: nn.Module) -> None:
     """Drop gradients that somebody else left behind: they would be a part of the first update."""
     for parameter in module.parameters():
         parameter.grad = None
+
+
+def note_samples(error: NonFiniteError, run: Run) -> None:
+    """Say of which samples the batches were that were not finite, of the present epoch."""
+    state = run.state
+    first = state.step - state.batch_index  # steps before the epoch
+    for step in error.steps[:MOST_NOTED]:
+        epoch, index = state.epoch, step - first - 1
+        if index < 0:  # it was read when the epoch was over
+            epoch, index = epoch - 1, index + (state.epoch_length or 0)
+        if index >= 0 and (samples := run.train.samples(state.seed, epoch, index)):
+            more = f", ... ({len(samples)} in all)" if len(samples) > MOST_SAMPLES else ""
+            error.add_note(
+                f"step {step} was of the samples {', '.join(map(str, samples[:MOST_SAMPLES]))}{more} of the training data"
+            )
 
 
 def where(run: Run) -> str:
