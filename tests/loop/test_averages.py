@@ -79,7 +79,7 @@ def raw_weights(average, **fit):
         (averages.ema(over="100 samples", warmup=False), lambda n: math.exp(-8 / 100)),
         ("ema", lambda n: min(0.999, (1 + n) / (10 + n))),
     ],
-    ids=repr,
+    ids=["decay", "no warm-up", "steps", "samples", "by name"],
 )
 def test_a_moving_average_is_what_its_formula_says(average, decay):
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_what_is_evaluated_predicted_and_validated_is_the_average(average):
 
 @pytest.mark.parametrize("average", [averages.ema(0.9), averages.ema(over="64 samples"), averages.swa("20%", every=3), "swa"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
-@pytest.mark.parametrize("step", range(1, 20, 3))
+@pytest.mark.parametrize("step", [3, 10, 18])
 def test_a_run_that_is_resumed_ends_bitwise(tmp_path, average, precision, step):
     fit = {"train": TRAIN, "validation": TEST, "epochs": 4, "batch_size": 8, "validate": "4 steps"}
     whole = loop_of(average, precision=precision)

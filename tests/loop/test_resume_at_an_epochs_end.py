@@ -87,7 +87,7 @@ def loop_in(directory, seen):
 
 
 @pytest.mark.parametrize("data", [Drawing, Placed, with_generator, with_sampler])
-@pytest.mark.parametrize("limit", [{"steps": n} for n in range(1, 12)] + [{"epochs": 1}, {"epochs": 2}], ids=str)
+@pytest.mark.parametrize("limit", [{"steps": n} for n in (1, 3, 4, 5, 8)] + [{"epochs": 1}, {"epochs": 2}], ids=str)
 def test_it_goes_on_as_if_nothing_had_been(tmp_path, data, limit):
     whole, seen = [], []
     loop_in(tmp_path / "whole", whole).fit(data(), epochs=3)
