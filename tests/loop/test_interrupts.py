@@ -149,6 +149,7 @@ print(loop.fit(ax.ArrayDataset(x, x.sum(1, keepdim=True)), steps=5).status, loop
 """
 
 
+@pytest.mark.slow
 def test_a_program_goes_on_after_ctrl_c():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = subprocess.Popen(

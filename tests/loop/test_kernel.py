@@ -8,7 +8,10 @@ import pytest
 
 manager = pytest.importorskip("jupyter_client")
 pytest.importorskip("ipykernel")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of Jupyter's sockets
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Jupyter's sockets
+]
 
 SETUP = """
 import sys, time, hashlib

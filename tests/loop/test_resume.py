@@ -32,19 +32,20 @@ from axontrain.callback import Saver
 from axontrain.checkpoint import runs
 
 PLAIN = (
-    (Case("adamw"), 14),
     (Case("sgd", workers=2, validate="3 steps"), 14),
     (Case("rmsprop", validate="3 steps", patience=3), 12),  # is ended by EarlyStopping
-    (Case("muon", validate="2 steps", drop_last=True, steps=11), 11),
     (Case("gan", steps=None), 15),
 )
-FULL = tuple(
-    (Case(optimizer, workers, validate, **limits), last)
-    for optimizer, workers, (validate, limits, last) in itertools.product(
-        OPTIMIZERS,
-        (0, 2),
-        (("1 epoch", {}, 14), ("3 steps", {"steps": None}, 15), ("2 steps", {"patience": 4}, 10)),
-    )
+FULL = (
+    (Case("muon", validate="2 steps", drop_last=True, steps=11), 11),
+    *(
+        (Case(optimizer, workers, validate, **limits), last)
+        for optimizer, workers, (validate, limits, last) in itertools.product(
+            OPTIMIZERS,
+            (0, 2),
+            (("1 epoch", {}, 14), ("3 steps", {"steps": None}, 15), ("2 steps", {"patience": 4}, 10)),
+        )
+    ),
 )
 
 
@@ -96,7 +97,7 @@ def test_every_step_of_every_combination(full, number):
 
 def test_the_runs_compared_are_what_they_are_meant_to_be(plain):
     _, references = plain
-    assert [reference["status"] for reference in references] == ["completed"] * 2 + ["stopped"] + ["completed"] * 2
+    assert [reference["status"] for reference in references] == ["completed", "stopped", "completed"]
     for reference in references:
         names = {name.rpartition("/")[2] for name in reference if name.startswith("/result/history")}
         assert {"loss", "lr", "tenth"} <= {*names, "lr"}

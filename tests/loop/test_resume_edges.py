@@ -214,7 +214,7 @@ print("went on")
     ("how", "code"),
     [
         pytest.param("after_fit", 143, marks=pytest.mark.slow),
-        ("break", -signal.SIGTERM),
+        pytest.param("break", -signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("steps", 143, marks=pytest.mark.slow),
     ],
 )
