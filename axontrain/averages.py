@@ -24,14 +24,14 @@ from axontrain.shown import NAME, plain
 class EMA:
     """What :func:`ema` describes."""
 
+    kind, sees_progress = "ema", False
+
     def __init__(self, decay: float | None, over: Duration | None, warmup: bool) -> None:
         self.decay, self.over, self.warmup = decay, over, warmup
 
-    sees_progress = False
-
     def described(self) -> list[Any]:
         """Its arguments in plain values."""
-        return ["ema", self.decay, None if self.over is None else str(self.over), self.warmup]
+        return [self.kind, self.decay, None if self.over is None else str(self.over), self.warmup]
 
     def share(self, samples: int, folds: int) -> float:
         """The share of the new weights in the average, after a step of so many samples and so many steps before."""
@@ -49,13 +49,15 @@ class EMA:
 class SWA:
     """What :func:`swa` describes."""
 
+    kind = "swa"
+
     def __init__(self, start: Duration, every: Every) -> None:
         self.start, self.every = start, every
         self.sees_progress = start.unit == "percent"
 
     def described(self) -> list[Any]:
         """Its arguments in plain values."""
-        return ["swa", str(self.start), repr(self.every)]
+        return [self.kind, str(self.start), repr(self.every)]
 
     def __repr__(self) -> str:
         return f"swa(start='{self.start}', every='{self.every.interval}')"
@@ -213,18 +215,13 @@ class Average:
         for name, live in self._live():
             yield live, live.detach() if self.raw is not None else self.average[name].to(live.dtype)
 
-    @property
-    def kind(self) -> str:
-        """Which one it is: "ema" or "swa"."""
-        return str(self.spec.described()[0])
-
     def state_dict(self) -> dict[str, Any]:
         """The raw weights, and of the average what the module's own types cannot hold."""
         raw: dict[str, Tensor] = dict(self._live()) if self.raw is None else self.raw
         finer = {name: tensor for name, tensor in self.average.items() if tensor.dtype != raw[name].dtype}
         cadence = None if self.cadence is None else self.cadence.state_dict()
         raw = {name: tensor.detach() for name, tensor in raw.items()}
-        return {"kind": self.kind, "folds": self.folds, "raw": raw, "finer": finer, "cadence": cadence}
+        return {"kind": self.spec.kind, "folds": self.folds, "raw": raw, "finer": finer, "cadence": cadence}
 
     def load_state_dict(self, state: Mapping[str, Any], *, training: bool) -> None:
         """Go on from what ``state_dict`` gave; the module holds the average, and ``training`` says whether it is to stay."""

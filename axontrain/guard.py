@@ -78,15 +78,17 @@ class Guard:
     def forget(self) -> None:
         """Look up anew what the optimizer changes: its state and its options were replaced."""
         self.zeros = self._begins_as_zeros()
-        if any(group.get("dampening", 0) for group in self.optimizer.param_groups):
+        if self._damped():
             self.unfuse()  # its kernel could not be skipped then
         self.live, self.kept, self.states = [], [], -1 if self.zeros else len(_states(self.optimizer))
 
     def _begins_as_zeros(self) -> bool:
         kind = type(self.optimizer)
         # SGD's dampening is left out of its first step, so a first step on zeros would not be the same.
-        damped = any(group.get("dampening", 0) for group in self.optimizer.param_groups)
-        return kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not damped
+        return kind.__module__.startswith("torch.optim") and kind.__name__ in ZERO_STATE and not self._damped()
+
+    def _damped(self) -> bool:
+        return any(group.get("dampening", 0) for group in self.optimizer.param_groups)
 
     def _keep(self) -> None:
         if not self.live:

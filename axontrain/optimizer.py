@@ -148,7 +148,7 @@ def route(module: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, d
     taken: dict[str, dict[str, nn.Parameter]] = {}
     for name, optimizer in optimizers.items():
         if optimizer.params is not None:
-            found = _selected(parameters, optimizer.params, f"params= of the optimizer {name!r}", _owners(module))
+            found = selected(parameters, optimizer.params, f"params= of the optimizer {name!r}", _owners(module))
         elif len(optimizers) == 1 and name == MAIN:
             found = parameters
         else:
@@ -216,7 +216,7 @@ def parts(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], module: 
     matched: dict[str, Selection] = {}
     owners = _owners(module)
     for selection, options in optimizer.groups.items():
-        chosen = _selected(parameters, selection, "groups of the optimizer", owners)
+        chosen = selected(parameters, selection, "groups of the optimizer", owners)
         twice = [name for name in chosen if name in matched]
         if twice:
             raise OptimizerError(
@@ -350,9 +350,14 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
 OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "on_nonfinite", "patience")
 
 
-def _selected(
+def selected(
     parameters: Mapping[str, nn.Parameter], selection: Selection | Sequence[str], where: str, owners: Owners | None = None
 ) -> dict[str, nn.Parameter]:
+    """Those of the parameters that a selection means, by name; ``where`` is what an error calls it.
+
+    Raises:
+        OptimizerError: if it matches nothing, or one of its patterns does not.
+    """
     if isinstance(selection, type) and issubclass(selection, nn.Module):
         found = {
             name: p

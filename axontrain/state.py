@@ -59,6 +59,7 @@ class LoopState:
     def __init__(self, objective: nn.Module, optimizers: Mapping[str, Update], seed: int, train_meter: Meter) -> None:
         self.objective = objective
         self.optimizers = dict(optimizers)
+        self._averages = [update.average for update in self.optimizers.values() if update.average is not None]
         self.epoch = self.step = self.samples = self.batch_index = 0
         self.values: dict[str, Any] = {}
         self.history = History()
@@ -186,30 +187,30 @@ class LoopState:
     def weights(self) -> dict[str, Any]:
         """The objective's state, with averages in place of raw weights where there are any."""
         state: dict[str, Any] = self.objective.state_dict()
-        averages = [update.average for update in self.optimizers.values() if update.average is not None]
-        if not averages:
+        if not self._averages:
             return state
-        for average in averages:
-            if self.plan is not None:
+        self._settle_averages()
+        shown = {id(tensor): value for average in self._averages for tensor, value in average.shown()}
+        tensors = self._tensors()
+        return state | {key: shown[id(own)] for key, own in tensors.items() if key in state and id(own) in shown}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The objective's parameters and buffers under each of their names."""
+        parameters = self.objective.named_parameters(remove_duplicate=False)
+        return {**dict(parameters), **dict(self.objective.named_buffers(remove_duplicate=False))}
+
+    def _settle_averages(self) -> None:
+        if self.plan is not None:  # else there is no progress to go by
+            for average in self._averages:
                 average.settle(self)
-        tensors = {id(tensor): value for average in averages for tensor, value in average.shown()}
-        of_objective = (
-            *self.objective.named_parameters(remove_duplicate=False),
-            *self.objective.named_buffers(remove_duplicate=False),
-        )
-        return state | {key: tensors[id(own)] for key, own in of_objective if key in state and id(own) in tensors}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Averages of weights, where there are any, are what the module holds within the block."""
-        averages = [update.average for update in self.optimizers.values() if update.average is not None]
         shown: list[Average] = []
+        self._settle_averages()
         try:
-            for average in averages:
-                if self.plan is not None:
-                    average.settle(self)
-                if average.show():
-                    shown.append(average)
+            shown.extend(average for average in self._averages if average.show())
             yield
         finally:
             for average in shown:
@@ -217,16 +218,14 @@ class LoopState:
 
     def hide_averages(self) -> None:
         """Training begins: where the module holds averages of weights, the raw ones come back."""
-        for update in self.optimizers.values():
-            if update.average is not None:
-                update.average.resume()
+        for average in self._averages:
+            average.resume()
 
     def show_averages(self) -> None:
         """A fit ends: averages of weights, where there are any, are what the module holds from now on."""
-        for update in self.optimizers.values():
-            if update.average is not None:
-                update.average.settle(self)
-                update.average.show()
+        self._settle_averages()
+        for average in self._averages:
+            average.show()
 
     def outline(self) -> dict[str, Any]:
         """Of ``state_dict`` what says where the run stands and what it was made of."""
@@ -270,10 +269,7 @@ class LoopState:
     def _raw_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state's weights, with the raw ones in place of averages that nobody goes on with here."""
         weights, names = dict(state["objective"]), clean_names(self.objective)
-        tensors = {
-            **dict(self.objective.named_parameters(remove_duplicate=False)),
-            **dict(self.objective.named_buffers(remove_duplicate=False)),
-        }
+        tensors = self._tensors()
         for name, update in self.optimizers.items():
             saved = state["optimizers"].get(name, {}).get("average")
             if saved is None or update.takes(saved):
@@ -310,9 +306,8 @@ class LoopState:
         """
         self._check_weights(state["objective"])
         self._load_weights(state["objective"])
-        for optimizer in self.optimizers.values():
-            if optimizer.average is not None:
-                optimizer.average.forget()
+        for average in self._averages:
+            average.forget()
 
     def _check_weights(self, saved: Mapping[str, Any]) -> None:
         names = clean_names(self.objective)

@@ -322,7 +322,7 @@ class Update:
 
     def takes(self, saved: Mapping[str, Any] | None) -> bool:
         """Whether a saved average is one that goes on here."""
-        return self.average is not None and saved is not None and saved["kind"] == self.average.kind
+        return self.average is not None and saved is not None and saved["kind"] == self.average.spec.kind
 
     def __repr__(self) -> str:
         return f"Update({self.name!r}, {self.spec!r}, {len(self.tensors)} parameters)"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from axontrain.callback import Answer, Callback
 from axontrain.clock import Duration
-from axontrain.errors import ConfigurationError, OptimizerError, kind_of
+from axontrain.errors import ConfigurationError, kind_of
+from axontrain.optimizer import selected
 from axontrain.state import LoopState
 
 
@@ -39,18 +37,11 @@ class _Switch(Callback):
         return None
 
     def _set(self, state: LoopState, trained: bool) -> None:
-        for pattern in self.patterns:
-            found = _matching(state.objective, pattern)
-            if not found:
-                names = [name for name, _ in state.objective.named_parameters()]
-                raise OptimizerError(
-                    f"{type(self).__name__}: {pattern!r} matches no parameter of {', '.join(names[:8])}"
-                    f"{', ...' if len(names) > 8 else ''}"
-                )
-            for parameter in found:
-                parameter.requires_grad_(trained)
-                if not trained:
-                    parameter.grad = None
+        found = selected(dict(state.objective.named_parameters()), self.patterns, type(self).__name__)
+        for parameter in found.values():
+            parameter.requires_grad_(trained)
+            if not trained:
+                parameter.grad = None
 
 
 class Unfreeze(_Switch):
@@ -90,7 +81,3 @@ class Freeze(_Switch):
     """
 
     trained_before = True
-
-
-def _matching(module: nn.Module, pattern: str) -> list[nn.Parameter]:
-    return [parameter for name, parameter in module.named_parameters() if fnmatch.fnmatchcase(name, pattern)]

@@ -170,11 +170,10 @@ class OneLossInParts(OneLoss):
             for part in parts:
                 step: Step = self.train_step(part)
                 nothing = isinstance(step, Step) and not isinstance(step.weight, Tensor) and not step.weight
-                if not nothing or (not sums.left - 1 and not sums.weight) or step.loss.requires_grad:
+                # A part in which nothing counts needs no graph, unless it is the last of a batch in which nothing does.
+                if not nothing or (sums.left == 1 and not sums.weight) or step.loss.requires_grad:
                     check(step, self.objective)
-                    sums.add(step.loss, step.weight)
-                else:  # a part in which nothing counts needs no graph
-                    sums.left -= 1
+                sums.add(step.loss, step.weight)
                 let_go(step)
                 if not self.keeps_predictions:
                     step.predictions = step.targets = step.sample_weights = None
