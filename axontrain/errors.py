@@ -221,7 +221,7 @@ def kind_of(value: object) -> str:
 
 def _kind_of(value: object, depth: int) -> str:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is not None and dtype is not None:
+    if shape is not None and dtype is not None and type(value).__name__ != str(dtype):  # as NumPy's own numbers: float32
         return f"{type(value).__name__}{tuple(shape)} {str(dtype).removeprefix('torch.')}"
     if not depth:  # what holds itself has no end, and what is of a file may be as deep as it likes
         return type(value).__name__

@@ -407,8 +407,11 @@ class Update:
         return flag.clamp_max(1.0)
 
     def _checked(self, tensors: list[Tensor]) -> Tensor:
-        # One kernel over all gradients; made for GradScaler, and with a scale of one it changes nothing.
         device = tensors[0].device
+        if tensors[0].dtype is torch.bfloat16:  # for which the kernel below is missing on CUDA
+            largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+            return (~torch.isfinite(largest)).any().float()
+        # One kernel over all gradients; made for GradScaler, and with a scale of one it changes nothing.
         one = self._ones.get(device)
         if one is None:
             one = self._ones[device] = torch.ones((), device=device)

@@ -22,6 +22,7 @@ from axontrain.data.protocol import Dataset, checked, is_array, is_iterable_only
 from axontrain.data.rows import Rows
 from axontrain.data.samplers import gives_batches
 from axontrain.data.splitting import Subset
+from axontrain.data.structure import share_of
 from axontrain.data.workers import Workers, checked_method
 from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
 from axontrain.randomness import kept
@@ -264,7 +265,7 @@ class Loader:
         for index, samples in enumerate(source.read(seed, epoch, start, size), start):
             if len(samples) < size and self.drop_last:
                 return
-            task = Task(seed, epoch, index, list(range(len(samples))), *_part(len(samples), share))
+            task = Task(seed, epoch, index, list(range(len(samples))), *share_of(len(samples), share))
             with kept():
                 batch = maker.of_samples(samples, task)
             yield batch
@@ -345,7 +346,7 @@ def _tasks(
     rows: Rows, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], step: int | None
 ) -> Iterator[Task]:
     for number, of_batch in enumerate(rows.batches(seed, epoch, start, stop, step), start):
-        yield Task(seed, epoch, number, of_batch.tolist(), *_part(len(of_batch), share))
+        yield Task(seed, epoch, number, of_batch.tolist(), *share_of(len(of_batch), share))
 
 
 def _chunks(indices: Any, first: int, end: int, size: int, device: torch.device) -> Iterator[Tensor | slice]:
@@ -373,18 +374,6 @@ def _check_share(share: Any) -> None:
     rank, ranks = share if isinstance(share, tuple) and len(share) == 2 else (None, None)
     if not isinstance(rank, int) or not isinstance(ranks, int) or not 0 <= rank < ranks:
         raise ConfigurationError(f"share={share!r}: (rank, ranks), with rank 0 to ranks - 1")
-
-
-def _part(size: int, share: tuple[int, int]) -> tuple[int, int]:
-    """The part of a batch that is one rank's: the first ranks have one more where it does not come out even.
-
-    >>> [_part(10, (rank, 4)) for rank in range(4)]
-    [(0, 3), (3, 6), (6, 8), (8, 10)]
-    """
-    rank, ranks = share
-    least, more = divmod(size, ranks)
-    first = rank * least + min(rank, more)
-    return first, first + least + (rank < more)
 
 
 def _count(start: int, stop: int | None) -> int | None:

@@ -70,6 +70,18 @@ def cut(batch: Any, first: int, last: int, size: int) -> Any:
     return batch[first:last] if getattr(batch, "shape", ()) else batch
 
 
+def share_of(size: int, share: tuple[int, int]) -> tuple[int, int]:
+    """One of so many parts of ``size`` samples, a rank's or a microbatch: the first have one more where it is not even.
+
+    >>> [share_of(10, (rank, 4)) for rank in range(4)]
+    [(0, 3), (3, 6), (6, 8), (8, 10)]
+    """
+    index, count = share
+    least, more = divmod(size, count)
+    first = index * least + min(index, more)
+    return first, first + least + (index < more)
+
+
 def _leads(value: Any, size: int) -> bool:
     """Whether a value is a part of a batch of ``size``, and not a sample."""
     if isinstance(value, Mapping):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from axontrain import randomness
-from axontrain.data.structure import cut, joined, tensors
+from axontrain.data.structure import cut, joined, share_of, tensors
 from axontrain.errors import ConfigurationError, DataError, LossError, kind_of, warn, whole
 from axontrain.execution.precision import Precision, Scaler
 from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
@@ -38,7 +38,8 @@ class Cut:
     """How batches are cut.
 
     Args:
-        size: samples in a microbatch; None leaves batches whole but for those that come in parts already.
+        size: the most samples in a microbatch; None leaves batches whole but for those that come in parts already. Parts of a
+            batch differ by one sample at most, so that none is left with a sample or two.
     """
 
     def __init__(self, size: int | None) -> None:
@@ -58,7 +59,8 @@ class Cut:
                 f"microbatch={self.size} cuts the {count} samples of a batch along the first dimension, and it has a part "
                 f"{odd[0]}: leave microbatch= out, or read small batches and make a step of n of them by fit(..., accumulate=n)"
             )
-        return [cut(batch, first, min(first + self.size, count), count) for first in range(0, count, self.size)]
+        parts = -(-count // self.size)
+        return [cut(batch, *share_of(count, (index, parts)), count) for index in range(parts)]
 
 
 class AutoCut(Cut):

@@ -62,6 +62,9 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
     if any(part in text for part in wrong):  # the last is a GPU's
         yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
     if "more than 1 value per channel" in text:
-        yield "a BatchNorm cannot train on a batch of one sample: ax.Loader(..., drop_last=True) leaves a small last batch out"
+        yield (
+            "a BatchNorm cannot train on one sample at a time: ax.Loader(..., drop_last=True) leaves a small last batch out, "
+            "and microbatch= is to be 2 or more"
+        )
     if "must be Tensor, not list" in text or "must be Tensor, not tuple" in text or "must be Tensor, not dict" in text:
         yield f"predict was given what split made of {batch}: override split(batch) to return (inputs, targets)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,21 +58,25 @@ def evaluate(
 def predicting(objective: Objective, stream: Stream, state: LoopState, precision: Precision) -> Iterator[tuple[Any, int]]:
     """The predictions and the size of each batch. Between batches, modes and generators are the caller's."""
     rng = None
-    batches: Generator[Any, None, None] | None = None
-    with contextlib.closing(stream), contextlib.ExitStack() as stack:
-        while True:
-            with evaluating(objective, state, precision):
-                if rng is not None:
-                    randomness.restore(rng)
-                if batches is None:
-                    batches = reading(stream.batches(state.seed, 0), "in prediction")
-                    stack.callback(batches.close)
-                batch = next(batches, END)
-                if batch is END:
-                    break
-                with noted("in prediction", batch, objective):
-                    prediction = objective.predict(objective.split(batch)[0])
-                size, rng = batch_size(batch), randomness.capture()
-            yield precision.shown(prediction), size
+    batches: Iterator[Any] | None = None
+    with contextlib.closing(stream):
+        try:
+            while True:
+                with evaluating(objective, state, precision):
+                    if rng is not None:
+                        randomness.restore(rng)
+                    if batches is None:
+                        batches = reading(stream.batches(state.seed, 0), "in prediction")
+                    batch = next(batches, END)
+                    if batch is END:
+                        break
+                    with noted("in prediction", batch, objective):
+                        prediction = objective.predict(objective.split(batch)[0])
+                    size, rng = batch_size(batch), randomness.capture()
+                yield precision.shown(prediction), size
+        finally:
+            # An error's traceback holds this frame, and so would hold the workers. Dropped, not closed: a generator that is
+            # closed in Python 3.12 keeps what it reads from, and that goes on.
+            batches = None
     if rng is None:
         raise stream.empty()

@@ -147,10 +147,15 @@ class Run:
         """After SIGTERM, when all is saved: end the program, as it was asked to."""
         if self.terminated:
             where = self.state.directory
-            saved = "nothing was saved, for the Loop has no directory" if where is None else f"the state was saved in {where}"
-            if any(saver.failed for saver in self.savers):
-                saved = f"the state could not be saved; {where} is as it was before"
-            print(f"axontrain: SIGTERM at step {self.state.step}: {saved}; fit(..., resume=True) goes on", file=sys.stderr)
+            if where is None:
+                told = "nothing was saved: Loop(..., directory=...) saves there, and fit(..., resume=True) then goes on"
+            elif any(saver.failed for saver in self.savers):
+                told = (
+                    f"the state could not be saved; {where} is as it was before, and fit(..., resume=True) goes on from there"
+                )
+            else:
+                told = f"the state was saved in {where}; fit(..., resume=True) goes on"
+            print(f"axontrain: SIGTERM at step {self.state.step}: {told}", file=sys.stderr)
             raise SystemExit(TERMINATED)
 
     def look_ahead(self) -> None:
@@ -293,4 +298,4 @@ def note_samples(error: NonFiniteError, run: Run) -> None:
 def where(run: Run) -> str:
     """Where a fit stands, for a note on an error."""
     state = run.state
-    return f"in epoch {state.epoch}, step {state.step} (batch {state.batch_index} of the epoch)"
+    return f"in epoch {state.epoch}, step {state.step} (batch {state.batch_index} of the epoch), counted from 0"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axontrain import randomness
 from axontrain.errors import MetricError, kind_of
 from axontrain.metrics.means import Entry, Sums, means, merge, summed
 from axontrain.metrics.registry import Built, build, resolve
@@ -136,7 +137,8 @@ class Meter:
         return {**of_all, **own}
 
     def _build(self, predictions: Any, targets: Any) -> list[_Tally]:
-        built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
+        with randomness.kept():  # torchmetrics is imported here, and all that it imports; some of that draws as it begins
+            built = [build(name, spec, predictions, targets) for name, spec in self._specs.items()]
         self._functions = [one for one in built if one.function is not None]
         self._tallies = [_Tally(one) for one in built if one.metric is not None]
         self._fill()

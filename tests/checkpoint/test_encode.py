@@ -177,7 +177,7 @@ def test_what_cannot_be_saved_is_named_by_its_place(value, told):
 @pytest.mark.parametrize(
     ("value", "instead"),
     [
-        (np.float32(1), "is NumPy's float32() float32, which cannot be saved. Save x.item()"),
+        (np.float32(1), "is NumPy's float32, which cannot be saved. Save x.item()"),
         (np.bool_(True), "Save x.item()"),
         (np.array(1), "Save x.item()"),
         (np.zeros(3), "is NumPy's ndarray(3,) float64, which cannot be saved. Save torch.from_numpy(x)"),

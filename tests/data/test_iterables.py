@@ -434,7 +434,7 @@ def test_an_iterable_that_failed_is_read_again_from_its_place():
     fails.append("the disk is away")
     with pytest.raises(OSError, match="the disk is away") as caught:
         loop.fit(shaky, steps=20)
-    assert "in epoch 0, step 5 (batch 5 of the epoch)" in caught.value.__notes__
+    assert "in epoch 0, step 5 (batch 5 of the epoch), counted from 0" in caught.value.__notes__
     with pytest.warns(ax.AxonWarning, match="thrown away"):
         loop.fit(shaky, steps=15)
     assert loop.objective.seen == unbroken.objective.seen

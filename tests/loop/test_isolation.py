@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -44,6 +45,27 @@ def noisy_loop(objective=None, **options):
             torch.manual_seed(0)
             objective = Noisy()
     return ax.Loop(objective, ax.Optimizer("adam", lr=0.01), **{"progress": False, **options})
+
+
+def test_making_a_metric_draws_nothing_of_the_run():
+    """It imports torchmetrics, which imports what is installed, and some of that draws: rich does, once in a process."""
+
+    class Drawing(torchmetrics.MeanMetric):
+        def __init__(self):
+            super().__init__()
+            random.random(), np.random.normal(), torch.rand(())
+
+        def update(self, predictions, targets):
+            super().update(predictions.mean())
+
+    states = []
+    for metrics in ((), {"drawing": Drawing}):
+        loop = noisy_loop(metrics=metrics)
+        loop.fit(TRAIN, TEST, epochs=2, batch_size=8)
+        states.append(loop.save())
+    assert repr(states[0]["rng"]) == repr(states[1]["rng"])
+    weights = [state["objective"] for state in states]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def generators():

@@ -169,7 +169,7 @@ def test_several_optimizers(microbatch):
     for name, value in whole.state.values.items():
         if name != "train/seen":
             assert parts.state.values[name] == pytest.approx(value), name
-    assert parts.state.values["train/seen"] == pytest.approx({1: 1, 5: (3 * 25 + 1) / 16, 16: 16}[microbatch])
+    assert parts.state.values["train/seen"] == pytest.approx({1: 1, 5: 4, 16: 16}[microbatch])
 
 
 def test_a_generator_that_yields_by_the_data_is_refused():
@@ -253,6 +253,25 @@ def test_modules_that_look_at_the_whole_batch_are_warned_of_once():
     assert len(told) == 1
     objective.model[1].eval()  # a frozen one knows no batch
     loop.fit(table(), epochs=1, batch_size=32, microbatch=8)
+
+
+def test_parts_are_of_one_size_or_nearly():
+    """A remainder of one sample would be one that no BatchNorm can train on."""
+    sizes = []
+
+    class Counting(ax.Supervised):
+        def predict(self, inputs):
+            sizes.append(len(inputs))
+            return super().predict(inputs)
+
+    objective = Counting(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double(), "cross_entropy")
+    loop = ax.Loop(objective, ax.Optimizer("sgd", lr=0.1), progress=False)
+    with pytest.warns(ax.AxonWarning, match="normalise"):
+        loop.fit(list(ax.Loader(table(33), 33)), epochs=1, microbatch=8)
+    assert sizes == [7, 7, 7, 6, 6]
+    with pytest.raises(ValueError, match="more than 1 value per channel") as caught, pytest.warns(ax.AxonWarning):
+        loop.fit(list(ax.Loader(table(4), 4)), epochs=1, microbatch=1)
+    assert any("microbatch= is to be 2 or more" in note for note in caught.value.__notes__)
 
 
 # --- several batches that come ready-made ------------------------------------------------------------------------------

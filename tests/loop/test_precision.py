@@ -169,6 +169,18 @@ def test_a_loss_that_is_not_finite_is_told_all_the_same():
         loop.fit([torch.ones(2, 4), torch.full((2, 4), float("nan"))], epochs=1)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_skipped_where_all_is_bfloat16(bad):
+    loop = ax.Loop(Small(), ax.Optimizer("adamw", lr=0.1), precision="bf16-true", progress=False)
+    loop.fit([torch.ones(2, 4)], epochs=1)
+    before = {name: value.clone() for name, value in loop.objective.state_dict().items()}
+    with pytest.warns(ax.NonFiniteWarning, match="1 update"):
+        loop.fit([torch.full((2, 4), bad)], epochs=1)
+    assert all(torch.equal(before[name], value) for name, value in loop.objective.state_dict().items())
+    loop.fit([torch.ones(2, 4)], epochs=1)
+    assert not all(torch.equal(before[name], value) for name, value in loop.objective.state_dict().items())
+
+
 def test_gradients_that_never_fit_are_an_error_in_the_end():
     class Root(Small):
         def loss(self, outputs, _):

@@ -317,7 +317,7 @@ def terminate(state=None):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_without_a_directory_it_exits_the_same():
+def test_without_a_directory_it_exits_the_same(capsys):
     loop, calls = line_loop(), []
     loop.on("after_batch")(on_step(3, terminate))
     loop.on("after_fit")(lambda state: calls.append(state.status))
@@ -326,6 +326,8 @@ def test_without_a_directory_it_exits_the_same():
     assert exit.value.code == 143
     assert calls == ["interrupted"]
     assert loop.state.step == 3
+    told = capsys.readouterr().err
+    assert "nothing was saved: Loop(..., directory=...) saves there, and fit(..., resume=True) then goes on" in told
 
 
 @pytest.mark.parametrize(
