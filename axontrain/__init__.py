@@ -33,6 +33,7 @@ from axontrain.errors import (
     WorkerError,
 )
 from axontrain.history import History
+from axontrain.locate import locate_nonfinite
 from axontrain.loop import Loop
 from axontrain.objective import Objective, Step, Supervised, TaskBatch
 from axontrain.optimizer import Optimizer, layerwise
@@ -97,6 +98,7 @@ __all__ = [
     "data",
     "layerwise",
     "load_weights",
+    "locate_nonfinite",
     "metrics",
     "order",
     "schedules",

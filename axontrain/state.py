@@ -216,6 +216,18 @@ class LoopState:
             for average in shown:
                 average.hide()
 
+    @contextlib.contextmanager
+    def training_weights(self) -> Iterator[None]:
+        """The raw weights are what the module holds within the block, where a fit has left averages in it."""
+        shown = [average for average in self._averages if average.raw is not None]
+        for average in shown:
+            average.hide()
+        try:
+            yield
+        finally:
+            for average in shown:
+                average.show()
+
     def hide_averages(self) -> None:
         """Training begins: where the module holds averages of weights, the raw ones come back."""
         for average in self._averages:

@@ -57,6 +57,7 @@ EXPORTED = [
     "data",
     "layerwise",
     "load_weights",
+    "locate_nonfinite",
     "metrics",
     "order",
     "schedules",

@@ -157,6 +157,12 @@ class Stream:
             size = None if self.loader is None else self.loader.batch_size
             self.source.finish(seed, epoch, index * (self.accumulate or 1), size)
 
+    def again(self, seed: int, epoch: int, index: int, step: int) -> Any:
+        """A batch that was read before; None of an iterable, whose batches are read once."""
+        if self.source is not None:
+            return None
+        return next(self.batches(seed, epoch, index, step), None)
+
     def samples(self, seed: int, epoch: int, index: int) -> list[int]:
         """Which samples of a dataset a batch was made of; none where that is not for this to say."""
         loader = self.loader

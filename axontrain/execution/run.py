@@ -17,6 +17,7 @@ from axontrain.clock import Cadence, Plan
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteError, WorkerError
 from axontrain.execution import modes
+from axontrain.execution.blame import note_origin, note_samples
 from axontrain.execution.notes import note
 from axontrain.execution.precision import Precision
 from axontrain.execution.signals import SIGTERM, TERMINATED, interruptible
@@ -26,7 +27,6 @@ from axontrain.objective import Objective, Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
 # Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
-MOST_NOTED, MOST_SAMPLES = 4, 32  # batches, and samples of each, that an error tells of
 SIGNALLED = 0.3  # seconds within which a signal reaches all of a group of processes
 READ_EVERY_SECONDS = 1.0
 # What an interruption can leave undone at the end of a step: all of validating, all but the draws before it, after_epoch; or
@@ -218,7 +218,8 @@ def session(run: Run) -> Iterator[None]:
             state.half_done = within or (not isinstance(error, Exception) and EVALUATE not in state.owed)
             note(error, where(run), run.batch, state.objective)
             if isinstance(error, NonFiniteError):
-                note_samples(error, run)
+                note_samples(error, state, run.train)
+                note_origin(error, state, run.train, run.batch, run.precision)
             if hooks.on_error is not None:
                 with randomness.kept():
                     hooks.on_error(state)
@@ -278,21 +279,6 @@ def clear_gradients(module: nn.Module) -> None:
     """Drop gradients that somebody else left behind: they would be a part of the first update."""
     for parameter in module.parameters():
         parameter.grad = None
-
-
-def note_samples(error: NonFiniteError, run: Run) -> None:
-    """Say of which samples the batches were that were not finite, of the present epoch."""
-    state = run.state
-    first = state.step - state.batch_index  # steps before the epoch
-    for step in error.steps[:MOST_NOTED]:
-        epoch, index = state.epoch, step - first - 1
-        if index < 0:  # it was read when the epoch was over
-            epoch, index = epoch - 1, index + (state.epoch_length or 0)
-        if index >= 0 and (samples := run.train.samples(state.seed, epoch, index)):
-            more = f", ... ({len(samples)} in all)" if len(samples) > MOST_SAMPLES else ""
-            error.add_note(
-                f"step {step} was of the samples {', '.join(map(str, samples[:MOST_SAMPLES]))}{more} of the training data"
-            )
 
 
 def where(run: Run) -> str:
