@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,21 @@ def parse(average: Any) -> EMA | SWA | None:
 Slot = tuple[nn.Module, str]
 
 
+class Spec(Protocol):
+    """How to average, in words."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+
+    @property
+    def sees_progress(self) -> bool:
+        """Whether it needs a fit with an end."""
+
+    def described(self) -> list[Any]:
+        """Its arguments in plain values."""
+
+
 class Average:
     """An average bound to parameters and buffers.
 
@@ -144,7 +159,7 @@ class Average:
         buffers: by name, where they are found: modules replace them.
     """
 
-    def __init__(self, spec: EMA | SWA, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Slot]) -> None:
+    def __init__(self, spec: Spec, parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Slot]) -> None:
         self.spec, self.parameters, self.buffers = spec, dict(parameters), dict(buffers)
         self.average: dict[str, Tensor] = {}  # by name; empty until the average begins
         self.raw: dict[str, Tensor] | None = None  # of those names, while the module holds the average

@@ -31,6 +31,7 @@ class Guard:
         self.kept: list[Tensor] = []
         self.live: list[Tensor] = []
         self.states = -1
+        self.counts: bool | None = None  # whether a step changes numbers in its groups; None until one was seen
         self.plain = _plain_step(optimizer)
         if fused and kind is torch.optim.SGD:
             # A skipped first step would leave the fused kernel's momentum buffers uninitialised.
@@ -48,10 +49,12 @@ class Guard:
             else:
                 self.plain()
             return
-        if not self.zeros and (self.states <= 0 or _has_numbers(self.optimizer)):
+        if not self.zeros and (self.states <= 0 or self.counts is not False or _has_numbers(self.optimizer)):
             # Its state begins as we cannot know, or lies on the host: read the flag, as torch's GradScaler always does.
             if not flag.item():
+                before = _numbers(self.optimizer)
                 self.optimizer.step()
+                self.counts = self.counts or _numbers(self.optimizer) != before
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of the order
             self.states = len(_states(self.optimizer))
             return
@@ -80,6 +83,7 @@ class Guard:
         self.zeros = self._begins_as_zeros()
         if self._damped():
             self.unfuse()  # its kernel could not be skipped then
+        self.counts = None
         self.live, self.kept, self.states = [], [], -1 if self.zeros else len(_states(self.optimizer))
 
     def _begins_as_zeros(self) -> bool:
@@ -170,6 +174,12 @@ def _watched(optimizer: torch.optim.Optimizer) -> bool:
 
 def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of its groups that some optimizers count in."""
+    kinds = (bool, int, float)
+    return [{key: value for key, value in group.items() if isinstance(value, kinds)} for group in optimizer.param_groups]
 
 
 def _has_numbers(optimizer: torch.optim.Optimizer) -> bool:

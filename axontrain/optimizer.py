@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from axontrain import averages, schedules
-from axontrain.errors import ConfigurationError, OptimizerError, kind_of, unknown, whole
+from axontrain.errors import ConfigurationError, OptimizerError, kind_of, require, unknown, whole
 
 Predicate = Callable[[str, nn.Parameter], bool]
 Selection = str | Predicate | type[nn.Module]
@@ -30,7 +30,9 @@ class Optimizer:
 
     Args:
         factory: a name ("sgd", "adam", "adamw", "muon", ...), a ``torch.optim`` class, or any callable that takes
-            parameters (or parameter groups) and returns a ``torch.optim.Optimizer``.
+            parameters (or parameter groups) and returns a ``torch.optim.Optimizer``. Of one that averages by itself and has
+            ``train()`` and ``eval()``, as the schedule-free ones of the extra ``schedulefree`` do ("adamwschedulefree",
+            "radamschedulefree", "sgdschedulefree"), it is the average that is evaluated, saved and exported.
         lr: the base learning rate; a schedule's factor multiplies it.
         schedule: a function of progress in 0..1 that gives a factor (:mod:`axontrain.schedules`), or a torch scheduler
             factory such as ``lambda optimizer: StepLR(optimizer, 10)``, stepped once a step. Which of the two it is, is
@@ -307,8 +309,12 @@ MAIN = "main"
 _PARAMS_HINT = "Without params= an optimizer in a dict takes the submodule of its name."
 
 
+# Of the package of that name, Defazio et al. 2024 (arXiv:2405.15682); imported when one of them is asked for.
+SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
+
+
 def names() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers known by name: torch's classes in lower case."""
+    """The optimizers of torch's by name: its classes in lower case."""
     found = {}
     for name in dir(torch.optim):
         value = getattr(torch.optim, name)
@@ -324,8 +330,12 @@ def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
         raise ConfigurationError("LBFGS evaluates the loss several times an update, which one step of a Loop does not do")
     if isinstance(factory, str):
         known = names()
+        for name in SCHEDULE_FREE:
+            if factory.lower() == name.lower():
+                return getattr(require("schedulefree", "schedulefree", f"the optimizer {factory!r}"), name)  # type: ignore[no-any-return]
         if factory.lower() not in known:
-            raise unknown("optimizer", factory, known, "A torch.optim class or any callable of parameters will do too.")
+            every = [*known, *(name.lower() for name in SCHEDULE_FREE)]
+            raise unknown("optimizer", factory, every, "A torch.optim class or any callable of parameters will do too.")
         factory = known[factory.lower()]
     if isinstance(factory, torch.optim.Optimizer):
         raise ConfigurationError(

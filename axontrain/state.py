@@ -317,9 +317,9 @@ class LoopState:
             CheckpointError: if it is of another objective; nothing is changed then.
         """
         self._check_weights(state["objective"])
-        self._load_weights(state["objective"])
         for average in self._averages:
-            average.forget()
+            average.forget()  # before they are there: one that cannot says so
+        self._load_weights(state["objective"])
 
     def _check_weights(self, saved: Mapping[str, Any]) -> None:
         names = clean_names(self.objective)

@@ -27,6 +27,7 @@ from axontrain.errors import (
 )
 from axontrain.guard import Guard, on_one_device
 from axontrain.optimizer import Optimizer, build, parts
+from axontrain.schedule_free import OwnAverage, averaging
 from axontrain.shown import NAME, plain
 
 # Flags wait on the device until a reading; a loop that never reads reads here.
@@ -62,8 +63,7 @@ class Update:
             optimizer, is_fused = build(part, fused)
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
-        buffers = {} if module is None else buffers_of(module, self.parameters)
-        self.average = None if spec.average is None else Average(spec.average, self.parameters, buffers)
+        self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
@@ -85,6 +85,16 @@ class Update:
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
 
+    def _average(self, module: nn.Module | None) -> Average | None:
+        own = [optimizer for optimizer in self.optimizers if averaging(optimizer)]
+        if self.spec.average is None:
+            known = {id(p) for optimizer in own for group in optimizer.param_groups for p in group["params"]}
+            return OwnAverage(own, {name: p for name, p in self.parameters.items() if id(p) in known}) if own else None
+        if own:
+            of = type(own[0]).__name__
+            raise ConfigurationError(f"average={self.spec.average!r} with {of}, which keeps one by itself: leave average= out")
+        return Average(self.spec.average, self.parameters, {} if module is None else buffers_of(module, self.parameters))
+
     @property
     def lr(self) -> float:
         """The present learning rate of the first group."""
@@ -93,7 +103,7 @@ class Update:
     @property
     def sees_progress(self) -> bool:
         """Whether the schedule, or the start of an average, is by progress, which needs a plan with an end."""
-        return self._factor is not None or (self.spec.average is not None and self.spec.average.sees_progress)
+        return self._factor is not None or (self.average is not None and self.average.spec.sees_progress)
 
     def update(self, loss: Tensor, terms: Mapping[str, Any]) -> Tensor:
         """Update the parameters from their gradients, and drop the gradients.
