@@ -6,6 +6,7 @@ step may change is kept before, and put back by ``torch.where``. Neither reads t
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -70,6 +71,28 @@ class Guard:
                 if id(tensor) not in known:
                     tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
             self.forget()
+
+    def search(self, flag: Tensor, closure: Callable[[], Tensor]) -> Tensor:
+        """Step an optimizer that evaluates a closure as often as it likes, unless ``flag`` is above 0.
+
+        Returns:
+            The flag; above 0 too where parameters were not finite after it, which then are as they were, and its state too.
+        """
+        optimizer = self.optimizer
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of the order
+        if flag.item():
+            return flag
+        live = [p for group in optimizer.param_groups for p in group["params"]]
+        kept, state = [p.detach().clone() for p in live], {p: copy.deepcopy(of_p) for p, of_p in optimizer.state.items()}
+        optimizer.step(torch.enable_grad()(closure))  # type: ignore[arg-type]  # gives the loss, as a tensor
+        if all(bool(torch.isfinite(p).all()) for p in live):
+            return flag
+        with torch.no_grad():
+            for p, before in zip(live, kept, strict=True):
+                p.copy_(before)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        return torch.ones_like(flag)
 
     def unfuse(self) -> None:
         """Go on without the fused kernel, which has no sparse gradients."""

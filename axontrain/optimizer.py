@@ -52,6 +52,8 @@ class Optimizer:
             a host read, and warn at the next reading; or "raise" at once, at the cost of a host read each step.
         average: "ema" or "swa", or :func:`axontrain.averages.ema` or :func:`~axontrain.averages.swa` with arguments: what is
             evaluated, predicted with, saved and exported is the average of the weights; training goes on with the others.
+        closure: the algorithm's step evaluates loss and gradients by itself, by a closure that computes them of the batch anew
+            with the same random numbers. Unless given, it is so where ``step`` cannot do without one, as that of LBFGS.
         patience: so many skipped in a row are an error, raised at the next reading.
         **kwargs: options of the algorithm, as ``weight_decay=0.01``.
 
@@ -76,6 +78,7 @@ class Optimizer:
         no_decay: bool = False,
         params: Selection | Sequence[str] | None = None,
         average: str | averages.EMA | averages.SWA | None = None,
+        closure: bool | None = None,
         on_nonfinite: str = "skip",
         patience: int = 10,
         **kwargs: Any,
@@ -92,6 +95,11 @@ class Optimizer:
         self.no_decay = no_decay
         self.params = params
         self.average = averages.parse(average)
+        if closure is not None and not isinstance(closure, bool):
+            raise ConfigurationError(f"closure={closure!r}: True or False; what it evaluates is train_step")
+        self.closure = _needs_closure(self.factory) if closure is None else closure
+        if self.factory is torch.optim.LBFGS and (clip_norm is not None or clip_value is not None):
+            raise ConfigurationError("LBFGS compares gradients with the loss's differences, which clipped ones are not of")
         if on_nonfinite not in ("skip", "raise"):
             raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
@@ -114,6 +122,12 @@ class Optimizer:
                 raise ConfigurationError(f"groups[{selection!r}] is {kind_of(options)}; it is a mapping of options")
             own = dict(options)
             factory_of_group = _factory(own.pop("optimizer")) if "optimizer" in own else self.factory
+            if factory_of_group is not self.factory and (self.closure or _needs_closure(factory_of_group)):
+                other = getattr(factory_of_group, "__name__", "optimizer")
+                raise ConfigurationError(
+                    f"groups[{_shown(selection)}]: {other} beside {self.name}, of which one evaluates the loss by itself: it "
+                    f"has to train all parameters"
+                )
             _check_options(factory_of_group, getattr(factory_of_group, "__name__", "optimizer"), own, group=selection)
 
     def __repr__(self) -> str:
@@ -320,14 +334,12 @@ def names() -> dict[str, type[torch.optim.Optimizer]]:
         value = getattr(torch.optim, name)
         if not isinstance(value, type) or not issubclass(value, torch.optim.Optimizer):
             continue
-        if value not in (torch.optim.Optimizer, torch.optim.LBFGS):  # which evaluates the loss several times an update
+        if value is not torch.optim.Optimizer:
             found[name.lower()] = value
     return found
 
 
 def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
-    if factory is torch.optim.LBFGS or (isinstance(factory, str) and factory.lower() == "lbfgs"):
-        raise ConfigurationError("LBFGS evaluates the loss several times an update, which one step of a Loop does not do")
     if isinstance(factory, str):
         known = names()
         for name in SCHEDULE_FREE:
@@ -347,6 +359,12 @@ def _factory(factory: Any) -> Callable[..., torch.optim.Optimizer]:
     return factory  # type: ignore[no-any-return]
 
 
+def _needs_closure(factory: Any) -> bool:
+    """Whether an optimizer's step has to be given a closure, as LBFGS's has."""
+    step = inspect.signature(factory.step).parameters if hasattr(factory, "step") else {}
+    return "closure" in step and step["closure"].default is inspect.Parameter.empty
+
+
 def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: Selection | None = None) -> None:
     if not isinstance(factory, type):
         return
@@ -357,7 +375,9 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
             raise unknown(f"option of {name}{where}:", option, [*accepted, *(OWN_OPTIONS if group is None else ["optimizer"])])
 
 
-OWN_OPTIONS = ("schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "on_nonfinite", "patience")
+OWN_OPTIONS = (
+    "schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "closure", "on_nonfinite", "patience",
+)  # fmt: skip
 
 
 def selected(

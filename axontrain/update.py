@@ -105,12 +105,13 @@ class Update:
         """Whether the schedule, or the start of an average, is by progress, which needs a plan with an end."""
         return self._factor is not None or (self.average is not None and self.average.spec.sees_progress)
 
-    def update(self, loss: Tensor, terms: Mapping[str, Any]) -> Tensor:
+    def update(self, loss: Tensor, terms: Mapping[str, Any], again: Callable[[], Tensor] | None = None) -> Tensor:
         """Update the parameters from their gradients, and drop the gradients.
 
         Args:
             loss: scalar, detached: part of what has to be finite.
             terms: what a warning names beside it.
+            again: computes loss and gradients once more, for an optimizer with a closure.
 
         Returns:
             A scalar float tensor: above 0 if the update was skipped.
@@ -136,17 +137,14 @@ class Update:
         step = clock.step + 1 if clock is not None else len(self._pending) + 1
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
             raise NonFiniteError(self._described(step, loss, terms), [step])
-        if spec.clip_value is not None:
-            for gradient in gradients:
-                (gradient._values() if gradient.is_sparse else gradient).clamp_(-spec.clip_value, spec.clip_value)
-        if spec.clip_norm is not None:
-            norm = _norm(gradients, loss.device) if norm is None else norm
-            # As torch's clip_grad_norm_: the small term keeps a norm of zero from dividing by zero.
-            _scale(gradients, (spec.clip_norm / (norm + 1e-6)).clamp_max(1.0))
+        self._clip(gradients, norm)
         if self._factor is not None and clock is not None:
             self._set_rates(self._factor(clock.progress))
-        for guard in self._guards:
-            guard.step(flag)
+        if spec.closure:
+            flag = self._evaluated(flag, loss, again)
+        else:
+            for guard in self._guards:
+                guard.step(flag)
         if self._schedulers:
             self._step_schedulers()
         for parameter in self.tensors:
@@ -155,6 +153,33 @@ class Update:
         self.steps += 1
         self.flag = flag
         return flag
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
+        value, most = self.spec.clip_value, self.spec.clip_norm
+        if value is not None:
+            for gradient in gradients:
+                (gradient._values() if gradient.is_sparse else gradient).clamp_(-value, value)
+        if most is not None:
+            norm = _norm(gradients, gradients[0].device) if norm is None else norm
+            # As torch's clip_grad_norm_: the small term keeps a norm of zero from dividing by zero.
+            _scale(gradients, (most / (norm + 1e-6)).clamp_max(1.0))
+
+    def _evaluated(self, flag: Tensor, loss: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+        """Step an optimizer that evaluates the loss by itself; above 0 if that was skipped, or came to nothing finite."""
+        assert again is not None  # whoever trains with such an optimizer knows
+        found: Tensor | None = loss if self.spec.factory is torch.optim.LBFGS else None
+
+        def closure() -> Tensor:
+            nonlocal found
+            if found is not None:  # LBFGS asks first for what is there; others may have moved the weights by then
+                first, found = found, None
+                return first
+            value = again()
+            if gradients := [p.grad for p in self.tensors if p.grad is not None]:
+                self._clip(gradients)
+            return value
+
+        return self._guards[0].search(flag, closure)
 
     def read(self) -> None:
         """Read which updates were skipped since the last reading; warn of them.

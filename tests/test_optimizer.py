@@ -129,8 +129,6 @@ def test_a_callable_without_a_rate_keeps_its_own():
             r"option of Muon in groups\[matrices\]: 'nestrov': did you mean 'nesterov'",
         ),
         (lambda: ax.Optimizer("adamw", lr=0.1, on_nonfinite="rise"), ax.UnknownNameError, "did you mean 'raise'"),
-        (lambda: ax.Optimizer("lbfgs", lr=0.1), ax.ConfigurationError, "LBFGS evaluates the loss several times"),
-        (lambda: ax.Optimizer(torch.optim.LBFGS, lr=0.1), ax.ConfigurationError, "LBFGS"),
         (
             lambda: ax.Optimizer(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), lr=0.1),
             ax.ConfigurationError,

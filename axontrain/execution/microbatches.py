@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from axontrain import randomness
 from axontrain.data.structure import cut, joined, share_of, tensors
 from axontrain.errors import ConfigurationError, DataError, LossError, kind_of, warn, whole
+from axontrain.execution.beginning import Beginning, Changing
 from axontrain.execution.precision import Precision, Scaler
 from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
 from axontrain.objective import Accumulated, Objective, Step, TaskBatch, batch_size
@@ -156,13 +156,14 @@ class OneLossInParts(OneLoss):
         self.retry = Retry(objective, cut) if isinstance(cut, AutoCut) else None
 
     def __call__(self, batch: Any) -> Step:
-        if self.buffers is not None:
-            self.buffers.keep()
-        step = self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
-        step = self.finished(step)
+        step = super().__call__(batch)
         if self.scaler is not None:
             self.scaler.update(step.skipped)  # type: ignore[arg-type]  # there is at least one update
         return step
+
+    def gradients(self, batch: Any) -> Step:
+        """The same, part by part, and in smaller parts where memory runs out."""
+        return self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
 
     def _accumulated(self, batch: Any) -> Step:
         parts = self.cut(batch)
@@ -382,22 +383,11 @@ class Retry:
     """Does a step again in smaller parts when memory runs out, from where it began: generators, buffers, metrics, gradients."""
 
     def __init__(self, objective: Objective, cut: AutoCut) -> None:
-        self.objective, self.cut = objective, cut
-        # Metrics of torchmetrics within an objective hold what they count in attributes, not in buffers.
-        self.metrics: list[Any] = [module for module in objective.modules() if hasattr(module, "metric_state")]
-        found = (value for module in objective.modules() for value in vars(module).values())
-        self.generators = [value for value in found if isinstance(value, torch.Generator)]
+        self.changing, self.cut = Changing(objective), cut
 
     def __call__(self, compute: Callable[[Any], Step], batch: Any) -> Step:
         while True:
-            rng = randomness.capture()
-            buffers = [
-                (module._buffers, name, buffer, None if buffer is None else buffer.clone())
-                for module in self.objective.modules()
-                for name, buffer in module._buffers.items()
-            ]
-            metrics = [(metric, _copied(metric.metric_state), metric._update_count) for metric in self.metrics]
-            own = [(generator, generator.get_state()) for generator in self.generators]
+            beginning = Beginning(self.changing)
             failure: Exception | None = None
             try:
                 step = compute(batch)
@@ -408,19 +398,7 @@ class Retry:
             if failure is None:
                 self.cut.fitted(batch)
                 return step
-            for parameter in self.objective.parameters():
-                parameter.grad = None
-            for place, name, buffer, kept in buffers:
-                place[name] = buffer
-                if buffer is not None and kept is not None:
-                    buffer.copy_(kept)
-            for metric, states, count in metrics:
-                for name, value in states.items():
-                    setattr(metric, name, value)
-                metric._update_count, metric._computed = count, None
-            for generator, state in own:
-                generator.set_state(state)
-            randomness.restore(rng)
+            beginning.put_back()
             if not self.cut.halve(batch):
                 failure.add_note("microbatch='auto': a single sample does not fit in memory; the model is too large for it")
                 raise failure
@@ -435,7 +413,3 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"))
-
-
-def _copied(states: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}

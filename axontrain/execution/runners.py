@@ -48,6 +48,12 @@ def _of_updates(
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
     after_backward = None if after_backward is None else _within_a_step(after_backward)
     several = inspect.isgeneratorfunction(objective.train_step)
+    for name, update in state.optimizers.items():
+        if update.spec.closure and (several or len(state.optimizers) > 1):
+            raise ConfigurationError(
+                f"the optimizer {name!r} ({update.spec.name}) evaluates the loss by itself, several times a step: that goes "
+                f"with one optimizer and a train_step that returns a Step"
+            )
     if cut is None and scaler is None:
         return (SeveralLosses if several else OneLoss)(objective, state, after_backward, precision)
     if cut is None:

@@ -1,0 +1,58 @@
+"""What a step changes before it updates: put back, so that the step can be computed once more from where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from axontrain import randomness
+
+
+class Changing:
+    """What a step may change of a module beside its parameters: found once, and looked up each step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # Metrics of torchmetrics within an objective hold what they count in attributes, not in buffers.
+        self.metrics: list[Any] = [part for part in module.modules() if hasattr(part, "metric_state")]
+        found = (value for part in module.modules() for value in vars(part).values())
+        self.generators = [value for value in found if isinstance(value, torch.Generator)]
+
+
+class Beginning:
+    """Where a step begins: random generators, buffers, metrics within the module; gradients there are none."""
+
+    def __init__(self, changing: Changing) -> None:
+        self._module = changing.module
+        self._rng = randomness.capture()
+        self._buffers = [
+            (part._buffers, name, buffer, None if buffer is None else buffer.clone())
+            for part in self._module.modules()
+            for name, buffer in part._buffers.items()
+        ]
+        self._metrics = [(metric, _copied(metric.metric_state), metric._update_count) for metric in changing.metrics]
+        self._own = [(generator, generator.get_state()) for generator in changing.generators]
+
+    def put_back(self) -> None:
+        """Make all of it what it was, and drop gradients."""
+        for parameter in self._module.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for place, name, buffer, kept in self._buffers:
+                place[name] = buffer
+                if buffer is not None and kept is not None:
+                    buffer.copy_(kept)
+        for metric, states, count in self._metrics:
+            for name, value in _copied(states).items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
+        for generator, state in self._own:
+            generator.set_state(state)
+        randomness.restore(self._rng)
+
+
+def _copied(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}
