@@ -65,6 +65,7 @@ class Update:
             self._guards.append(Guard(optimizer, is_fused))
         self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
+        self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
         self.steps = 0
@@ -105,13 +106,12 @@ class Update:
         """Whether the schedule, or the start of an average, is by progress, which needs a plan with an end."""
         return self._factor is not None or (self.average is not None and self.average.spec.sees_progress)
 
-    def update(self, loss: Tensor, terms: Mapping[str, Any], again: Callable[[], Tensor] | None = None) -> Tensor:
+    def update(self, loss: Tensor, terms: Mapping[str, Any]) -> Tensor:
         """Update the parameters from their gradients, and drop the gradients.
 
         Args:
             loss: scalar, detached: part of what has to be finite.
             terms: what a warning names beside it.
-            again: computes loss and gradients once more, for an optimizer with a closure.
 
         Returns:
             A scalar float tensor: above 0 if the update was skipped.
@@ -141,7 +141,7 @@ class Update:
         if self._factor is not None and clock is not None:
             self._set_rates(self._factor(clock.progress))
         if spec.closure:
-            flag = self._evaluated(flag, loss, again)
+            flag = self._evaluated(flag, loss)
         else:
             for guard in self._guards:
                 guard.step(flag)
@@ -164,9 +164,10 @@ class Update:
             # As torch's clip_grad_norm_: the small term keeps a norm of zero from dividing by zero.
             _scale(gradients, (most / (norm + 1e-6)).clamp_max(1.0))
 
-    def _evaluated(self, flag: Tensor, loss: Tensor, again: Callable[[], Tensor] | None) -> Tensor:
+    def _evaluated(self, flag: Tensor, loss: Tensor) -> Tensor:
         """Step an optimizer that evaluates the loss by itself; above 0 if that was skipped, or came to nothing finite."""
-        assert again is not None  # whoever trains with such an optimizer knows
+        again = self.again
+        assert again is not None  # whoever trains with such an optimizer gives it
         found: Tensor | None = loss if self.spec.factory is torch.optim.LBFGS else None
 
         def closure() -> Tensor:

@@ -156,14 +156,13 @@ class OneLossInParts(OneLoss):
         self.retry = Retry(objective, cut) if isinstance(cut, AutoCut) else None
 
     def __call__(self, batch: Any) -> Step:
-        step = super().__call__(batch)
-        if self.scaler is not None:
-            self.scaler.update(step.skipped)  # type: ignore[arg-type]  # there is at least one update
+        if self.buffers is not None:
+            self.buffers.keep()
+        step = self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
+        step = self.finished(step)
+        if self.scaler is not None and step.skipped is not None:
+            self.scaler.update(step.skipped)
         return step
-
-    def gradients(self, batch: Any) -> Step:
-        """The same, part by part, and in smaller parts where memory runs out."""
-        return self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
 
     def _accumulated(self, batch: Any) -> Step:
         parts = self.cut(batch)

@@ -9,6 +9,7 @@ from axontrain.errors import ConfigurationError
 from axontrain.execution.averaged import Averaged
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
 from axontrain.execution.precision import FP32, Precision, Scaler
+from axontrain.execution.searching import Searching
 from axontrain.execution.steps import OneLoss, Runner, SeveralLosses
 from axontrain.objective import Objective
 from axontrain.state import LoopState
@@ -34,6 +35,9 @@ def runner(
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
     """
     run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
+    for update in state.optimizers.values():
+        if update.spec.closure:
+            run = Searching(run, update)  # type: ignore[arg-type]  # of one loss
     return Averaged(run, state) if any(update.average is not None for update in state.optimizers.values()) else run
 
 

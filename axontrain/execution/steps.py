@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import LossError, NonFiniteError, ObjectiveError, kind_of, unknown
-from axontrain.execution.beginning import Beginning, Changing
 from axontrain.execution.precision import Precision
 from axontrain.guard import BufferGuard
 from axontrain.objective import Objective, Step, total
@@ -30,20 +29,11 @@ class OneLoss:
         self.updates = [optimizer.update for optimizer in state.optimizers.values()]
         self.buffers = BufferGuard.of(objective)
         self.checked = False
-        closure = any(optimizer.spec.closure for optimizer in state.optimizers.values())
-        self.changing = Changing(objective) if closure else None
+        self.updating = True  # else a step ends with the gradients
 
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
             self.buffers.keep()
-        beginning = None if self.changing is None else Beginning(self.changing)
-        step = self.gradients(batch)
-        if self.after_backward is not None:
-            self.after_backward(self.state)
-        return self.finished(step, None if beginning is None else self._again(batch, beginning))
-
-    def gradients(self, batch: Any) -> Step:
-        """Forward and backward."""
         step: Step = self.train_step(batch)
         if not self.checked:
             check(step, self.objective)
@@ -55,29 +45,18 @@ class OneLoss:
             check(step, self.objective)  # says it better, where it is about the loss
             raise
         let_go(step)
-        return step
+        return self.finished(step)
 
-    def _again(self, batch: Any, beginning: Beginning) -> Callable[[], Tensor]:
-        def again() -> Tensor:
-            beginning.put_back()  # the same dropout: it is to be the same function of the weights
-            step = self.gradients(batch)
-            if self.after_backward is not None:
-                self.after_backward(self.state)
-            return step.loss
-
-        return again
-
-    def finished(self, step: Step, again: Callable[[], Tensor] | None = None) -> Step:
-        """After backward: the updates, and the buffers of a step that was skipped.
-
-        Args:
-            step: of the batch.
-            again: computes the loss and the gradients of the batch once more, for optimizers that ask for them.
-        """
+    def finished(self, step: Step) -> Step:
+        """After backward: the hook, the updates, and the buffers of a step that was skipped."""
+        if self.after_backward is not None:
+            self.after_backward(self.state)
+        if not self.updating:
+            return step
         loss = step.loss
         try:
             for update in self.updates:
-                skipped = update(loss, step.values, again)
+                skipped = update(loss, step.values)
                 step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
         except NonFiniteError:
             if self.buffers is not None:
