@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from axontrain.errors import ConfigurationError
+
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
 # Buffers of so many elements cost less to keep than to ask about.
@@ -62,15 +64,53 @@ class Guard:
         self._keep()
         self.optimizer.step()
         skipped = flag > 0
-        for live, kept in zip(self.live, self.kept, strict=True):
-            live.copy_(torch.where(skipped.to(live.device), kept, live))
+        _put_back(skipped, self.live, self.kept)
         made = _states(self.optimizer)
         if len(made) != self.states:
-            known = {id(tensor) for tensor in self.live}
-            for tensor in made:
-                if id(tensor) not in known:
-                    tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
+            _clear(skipped, made, self.live)
             self.forget()
+
+    def step_alone(self, parameter: Tensor, group: dict[str, Any], flag: Tensor) -> None:
+        """Step for one parameter of a group, and no other, unless ``flag`` is above 0.
+
+        Raises:
+            ConfigurationError: if the algorithm counts in its groups, which would count every parameter.
+        """
+        optimizer = self.optimizer
+        every, params = optimizer.param_groups, group["params"]
+        optimizer.param_groups, group["params"] = [group], [parameter]
+        try:
+            if self.fused:
+                self.step(flag)
+                return
+            before = _numbers(optimizer) if self.counts is None else None
+            self._step_of_one(parameter, flag)
+            if before is not None:
+                self.counts = _numbers(optimizer) != before
+            if self.counts:
+                raise ConfigurationError(
+                    f"in_backward=True: {type(optimizer).__name__} counts its steps in its groups, once for all their "
+                    f"parameters, and would count each of them: leave in_backward=True out"
+                )
+        finally:
+            optimizer.param_groups, group["params"] = every, params
+
+    def _step_of_one(self, parameter: Tensor, flag: Tensor) -> None:
+        optimizer = self.optimizer
+        state = list(optimizer.state[parameter].values()) if parameter in optimizer.state else []
+        if not self.zeros and (not state or any(isinstance(value, (int, float)) for value in state)):
+            if not flag.item():
+                optimizer.step()
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of the order
+            return
+        live = [parameter.data, *(value for value in state if isinstance(value, Tensor))]
+        kept = [tensor.clone() for tensor in live]
+        optimizer.step()
+        skipped = flag > 0
+        _put_back(skipped, live, kept)
+        made = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+        if len(made) != len(live) - 1:
+            _clear(skipped, made, live)
 
     def search(self, flag: Tensor, closure: Callable[[], Tensor]) -> Tensor:
         """Step an optimizer that evaluates a closure as often as it likes, unless ``flag`` is above 0.
@@ -100,6 +140,7 @@ class Guard:
             self.fused = False
             for group in self.optimizer.param_groups:
                 group["fused"] = False
+            self.optimizer.__dict__.pop("found_inf", None)  # which other kernels do not take
 
     def forget(self) -> None:
         """Look up anew what the optimizer changes: its state and its options were replaced."""
@@ -193,6 +234,20 @@ def _watched(optimizer: torch.optim.Optimizer) -> bool:
         or _global_optimizer_post_hooks
         or "step" in vars(optimizer)
     )
+
+
+def _put_back(skipped: Tensor, live: list[Tensor], kept: list[Tensor]) -> None:
+    """Where it was skipped, make tensors again what they were."""
+    for now, before in zip(live, kept, strict=True):
+        now.copy_(torch.where(skipped.to(now.device), before, now))
+
+
+def _clear(skipped: Tensor, made: list[Tensor], live: list[Tensor]) -> None:
+    """Where it was skipped, make the state that the step made, and that was not live before, zeros."""
+    known = {id(tensor) for tensor in live}
+    for tensor in made:
+        if id(tensor) not in known:
+            tensor.copy_(torch.where(skipped.to(tensor.device), torch.zeros_like(tensor), tensor))
 
 
 def _states(optimizer: torch.optim.Optimizer) -> list[Tensor]:

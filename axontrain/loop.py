@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from axontrain import callback, checkpoint, randomness
+from axontrain import callback, checkpoint, in_backward, randomness
 from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook
 from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
@@ -40,7 +40,6 @@ from axontrain.optimizer import Optimizer, named, route
 from axontrain.preflight import Report, preflight
 from axontrain.start import Start, check_batch_size, check_ready, naming
 from axontrain.state import LoopState, Result
-from axontrain.update import Update
 
 Function = TypeVar("Function", bound=Hook)
 
@@ -110,7 +109,7 @@ class Loop:
         self.directory = None if directory is None else Path(directory)
         self.optimizers = named(optimizer)
         bound = {
-            name: Update(name, self.optimizers[name], parameters, objective)
+            name: in_backward.bound(name, self.optimizers[name], parameters, objective)
             for name, parameters in route(objective, self.optimizers).items()
         }
         following = int(torch.randint(2**62, ())) if seed is None else seed

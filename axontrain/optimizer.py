@@ -54,6 +54,10 @@ class Optimizer:
             evaluated, predicted with, saved and exported is the average of the weights; training goes on with the others.
         closure: the algorithm's step evaluates loss and gradients by itself, by a closure that computes them of the batch anew
             with the same random numbers. Unless given, it is so where ``step`` cannot do without one, as that of LBFGS.
+        in_backward: update each parameter within the backward pass, as soon as its gradient is there, and free that: then
+            there is never more than a gradient or two at a time. An update that is not finite is then left out parameter by
+            parameter, and what needs all gradients at once is refused: ``clip_norm``, microbatches, the scaling of "fp16",
+            ``on_nonfinite="raise"``, closures, callbacks with ``after_backward``.
         patience: so many skipped in a row are an error, raised at the next reading.
         **kwargs: options of the algorithm, as ``weight_decay=0.01``.
 
@@ -79,6 +83,7 @@ class Optimizer:
         params: Selection | Sequence[str] | None = None,
         average: str | averages.EMA | averages.SWA | None = None,
         closure: bool | None = None,
+        in_backward: bool = False,
         on_nonfinite: str = "skip",
         patience: int = 10,
         **kwargs: Any,
@@ -103,6 +108,11 @@ class Optimizer:
         if on_nonfinite not in ("skip", "raise"):
             raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
+        if not isinstance(in_backward, bool):
+            raise ConfigurationError(f"in_backward={in_backward!r}: True or False")
+        self.in_backward = in_backward
+        if in_backward:
+            self._check_in_backward()
         self.patience = whole("patience", patience, what="of updates")
         if schedule is not None and not callable(schedule):
             raise ConfigurationError(f"schedule={schedule!r}: a function of progress, or a torch scheduler factory")
@@ -129,6 +139,23 @@ class Optimizer:
                     f"has to train all parameters"
                 )
             _check_options(factory_of_group, getattr(factory_of_group, "__name__", "optimizer"), own, group=selection)
+
+    def _check_in_backward(self) -> None:
+        """Refuse what needs all gradients at once, of which there is one at a time."""
+        if self.clip_norm is not None:
+            raise ConfigurationError(
+                "in_backward=True with clip_norm: the norm over all gradients is known with the last, when the others are used "
+                "and freed; clip_value= bounds each element by itself"
+            )
+        if self.closure:
+            raise ConfigurationError(
+                f"in_backward=True: {self.name} evaluates the loss by itself, for which it needs all gradients; leave it out"
+            )
+        if self.on_nonfinite == "raise":
+            raise ConfigurationError(
+                "in_backward=True with on_nonfinite='raise', which promises that nothing was updated: by the time that a "
+                "gradient is not finite others are used. Without it, patience=1 raises at the next reading"
+            )
 
     def __repr__(self) -> str:
         return f"Optimizer({self.name!r}, lr={self.lr:g})"
@@ -376,7 +403,8 @@ def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: S
 
 
 OWN_OPTIONS = (
-    "schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "closure", "on_nonfinite", "patience",
+    "schedule", "clip_norm", "clip_value", "groups", "no_decay", "params", "average", "closure", "in_backward", "on_nonfinite",
+    "patience",
 )  # fmt: skip
 
 

@@ -61,7 +61,12 @@ class Start:
         self.scaler = precision.scaler(state.objective)
         if self.scaler is not None:
             state.attach("scaler", self.scaler)
-            for update in state.optimizers.values():
+            for name, update in state.optimizers.items():
+                if update.spec.in_backward:
+                    raise ConfigurationError(
+                        f"the optimizer {name!r} has in_backward=True, and precision='fp16' scales the loss, to scale the "
+                        f"gradients back when all of them are there: take precision='bf16'"
+                    )
                 update.scaled = True
         self._restored = False  # whether the state was replaced since the last fit
         self._at_home = False  # whether what lies in the directory is of this run

@@ -116,43 +116,54 @@ class Update:
         Returns:
             A scalar float tensor: above 0 if the update was skipped.
         """
-        if len(self._pending) >= MOST_PENDING:
-            self.read()
+        self._make_room()
         gradients = [p.grad for p in self.tensors if p.grad is not None]
         if not gradients:
-            if any(p.requires_grad for p in self.tensors):
-                raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
-            return torch.zeros((), device=loss.device)  # all frozen for now: nothing to do until they are thawed
+            return self._without_gradients(loss)
         if len(gradients) != self._looked_at:
             self._look_at(gradients, loss)
         if self._sparse:
             gradients = self._coalesced()
-        spec, clock = self.spec, self.clock
-        norm = None
+        spec, norm = self.spec, None
         if spec.clip_norm is None or spec.clip_value is not None:  # clamping would hide an infinity: look before it
             flag = self._not_finite(gradients, loss)
         else:
             norm = _norm(gradients, loss.device)
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
-        step = clock.step + 1 if clock is not None else len(self._pending) + 1
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
+            step = self._number()
             raise NonFiniteError(self._described(step, loss, terms), [step])
         self._clip(gradients, norm)
-        if self._factor is not None and clock is not None:
-            self._set_rates(self._factor(clock.progress))
+        self._set_scheduled_rates()
         if spec.closure:
             flag = self._evaluated(flag, loss)
         else:
             for guard in self._guards:
                 guard.step(flag)
-        if self._schedulers:
-            self._step_schedulers()
         for parameter in self.tensors:
             parameter.grad = None
-        self._pending.append((step, flag, loss, terms))
+        return self._finished(loss, terms, flag)
+
+    def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> Tensor:
+        if self._schedulers:
+            self._step_schedulers()
+        self._pending.append((self._number(), flag, loss, terms))
         self.steps += 1
         self.flag = flag
         return flag
+
+    def _without_gradients(self, loss: Tensor) -> Tensor:
+        if any(p.requires_grad for p in self.tensors):
+            raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
+        return torch.zeros((), device=loss.device)  # all frozen for now: nothing to do until they are thawed
+
+    def _number(self) -> int:
+        """Of the step that is being done."""
+        return self.clock.step + 1 if self.clock is not None else len(self._pending) + 1
+
+    def _make_room(self) -> None:
+        if len(self._pending) >= MOST_PENDING:
+            self.read()
 
     def _clip(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
         value, most = self.spec.clip_value, self.spec.clip_norm
@@ -389,8 +400,10 @@ class Update:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _set_rates(self, factor: float) -> None:
-        factor = float(factor) * self.scale
+    def _set_scheduled_rates(self) -> None:
+        if self._factor is None or self.clock is None:
+            return
+        factor = float(self._factor(self.clock.progress)) * self.scale
         for group in self._groups():
             _set_rate(group, float(group["initial_lr"]) * factor)
 

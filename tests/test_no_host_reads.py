@@ -143,6 +143,16 @@ def test_training_reads_as_often_in_a_long_epoch_as_in_a_short_one(reads, name, 
     assert within_short == within_long == 0
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_within_backward_read_nothing(reads, name):
+    factory, options = OPTIMIZERS[name]
+    spec = ax.Optimizer(factory, lr=0.01, clip_value=0.1, in_backward=True, **options)
+    short, _ = counted(reads, dense(bias=name != "muon"), spec, 20)
+    long, within = counted(reads, dense(bias=name != "muon"), spec, 60)
+    assert 0 < short == long
+    assert within == 0
+
+
 @pytest.mark.parametrize("average", ["ema", ax.averages.swa(0, every=1)], ids=["ema", "swa"])
 def test_averages_read_nothing(reads, average):
     spec = ax.Optimizer("adamw", lr=0.01, average=average)

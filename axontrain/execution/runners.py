@@ -7,10 +7,12 @@ from collections.abc import Callable
 
 from axontrain.errors import ConfigurationError
 from axontrain.execution.averaged import Averaged
+from axontrain.execution.freeing import Freeing
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
 from axontrain.execution.precision import FP32, Precision, Scaler
 from axontrain.execution.searching import Searching
 from axontrain.execution.steps import OneLoss, Runner, SeveralLosses
+from axontrain.in_backward import UpdateInBackward
 from axontrain.objective import Objective
 from axontrain.state import LoopState
 
@@ -35,6 +37,8 @@ def runner(
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
     """
     run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
+    if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
+        run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():
         if update.spec.closure:
             run = Searching(run, update)  # type: ignore[arg-type]  # of one loss
@@ -58,6 +62,14 @@ def _of_updates(
                 f"the optimizer {name!r} ({update.spec.name}) evaluates the loss by itself, several times a step: that goes "
                 f"with one optimizer and a train_step that returns a Step"
             )
+    for name, update in state.optimizers.items():
+        if isinstance(update, UpdateInBackward) and (cut is not None or after_backward is not None):
+            what = (
+                "microbatch= or accumulate=, which sums gradients before it updates"
+                if cut is not None
+                else "a callback's after_backward, which looks at gradients: they are freed by then"
+            )
+            raise ConfigurationError(f"the optimizer {name!r} has in_backward=True, which does not go with {what}")
     if cut is None and scaler is None:
         return (SeveralLosses if several else OneLoss)(objective, state, after_backward, precision)
     if cut is None:
