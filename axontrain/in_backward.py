@@ -51,7 +51,8 @@ class UpdateInBackward(Update):
         self.end()
         self._make_room()
         self._set_scheduled_rates()
-        self._bad_loss = self._bad = (~torch.isfinite(loss.detach().reshape(()))).float()
+        self._bad_loss = (~torch.isfinite(loss.detach().reshape(()))).float()
+        self._bad = self._bad_loss.clone()
         self._met.clear()
         self._places = {
             p: (guard, group) for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]
@@ -88,7 +89,8 @@ class UpdateInBackward(Update):
             values = gradient._values() if gradient.is_sparse else gradient
             bad = (~torch.isfinite(values).all()).float() if values.is_complex() else self._checked([values])
             bad = torch.maximum(bad, self._bad_loss.to(bad.device))
-            self._bad = torch.maximum(self._bad, bad.to(self._bad.device))
+            # In place: a new tensor would lie in the hole that the last gradient left, and the next would not fit in there.
+            self._bad.copy_(torch.maximum(self._bad, bad.to(self._bad.device)))
             if self.spec.clip_value is not None:
                 values.clamp_(-self.spec.clip_value, self.spec.clip_value)
             guard.step_alone(parameter, group, bad)
