@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from axontrain.clock import Cadence, Clock, Duration, Every
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, unknown, warn
@@ -33,13 +34,30 @@ class EMA:
         """Its arguments in plain values."""
         return [self.kind, self.decay, None if self.over is None else str(self.over), self.warmup]
 
-    def share(self, samples: int, folds: int) -> float:
-        """The share of the new weights in the average, after a step of so many samples and so many steps before."""
-        decay = self.decay
-        if decay is None:
-            assert self.over is not None  # one of the two is given
-            decay = math.exp(-(samples if self.over.unit == "samples" else 1) / float(self.over.amount))
-        return 1 - (min(decay, (1 + folds) / (10 + folds)) if self.warmup else decay)
+    def share(self, samples: int, folds: int | Tensor) -> float | Tensor:
+        """The share of the new weights in the average, after a step of so many samples and so many steps before.
+
+        Of a number it is a number, of a scalar tensor a scalar tensor.
+        """
+        decay = self._decay(samples)
+        if not self.warmup:
+            return 1 - decay
+        warming = (1 + folds) / (10 + folds)
+        return 1 - (warming.clamp_max(decay) if isinstance(warming, Tensor) else min(decay, warming))
+
+    def warms(self, samples: int, folds: int) -> bool:
+        """Whether it has to be known which of so many steps were skipped, to tell the share.
+
+        Up to twice the length of the warm-up: where half of them were skipped, the last of it is given up.
+        """
+        decay = self._decay(samples)
+        return self.warmup and folds < 2 * (10 * decay - 1) / (1 - decay) + 64
+
+    def _decay(self, samples: int) -> float:
+        if self.decay is not None:
+            return self.decay
+        assert self.over is not None  # one of the two is given
+        return math.exp(-(samples if self.over.unit == "samples" else 1) / float(self.over.amount))
 
     def __repr__(self) -> str:
         how = f"over='{self.over}'" if self.over is not None else f"decay={self.decay:g}"
@@ -111,6 +129,8 @@ def swa(start: str | int = "75%", *, every: str | int = "1 epoch") -> SWA:
         ConfigurationError: for what is no duration.
     """
     begin = Duration.parse(start, "start")
+    if begin.unit == "percent" and begin.amount > 100:
+        raise ConfigurationError(f"start={start!r}: of a fit there is no more than 100%")
     if callable(every) or every is None:
         raise ConfigurationError(f"every={every!r}: a duration, as '1 epoch' or a number of steps")
     return SWA(begin, Every(every, after=start))
@@ -164,7 +184,8 @@ class Average:
         self.average: dict[str, Tensor] = {}  # by name; empty until the average begins
         self.raw: dict[str, Tensor] | None = None  # of those names, while the module holds the average
         self.torn = False  # an exception came in the middle of copying
-        self.folds = 0
+        self.folds = 0  # skipped ones too
+        self.counted: Tensor | None = None  # how many were not: on the device, while a warm-up asks for it
         self._tensors = list(self.parameters.values())
         self._taken: list[bool] = []  # which parameters were trainable when it was last looked
         self._lists: tuple[list[Tensor], list[Tensor]] | None = None  # the live parameters and their averages
@@ -172,13 +193,23 @@ class Average:
 
     def stepped(self, flag: Tensor, samples: int) -> None:
         """After a step of so many samples; it counts only where ``flag`` is 0."""
-        if isinstance(self.spec, EMA):
+        if not isinstance(self.spec, EMA):
+            return
+        if not self.spec.warms(samples, self.folds):
             self._fold(self.spec.share(samples, self.folds), flag)
+            return
+        if self.counted is None:
+            dtype = torch.float32 if flag.device.type == "mps" else torch.float64
+            self.counted = torch.tensor(float(self.folds), dtype=dtype, device=flag.device)
+        self._fold(self.spec.share(samples, self.counted), flag)
+        self.counted.add_(flag.to(self.counted.device) == 0)
 
     def begin(self) -> None:
         """Before a step: an average that has to know the first weights takes them; so it does of what was thawed."""
-        if isinstance(self.spec, EMA) and (not self.average or self._taken != [p.requires_grad for p in self._tensors]):
-            self._take_new()
+        trained = [p.requires_grad for p in self._tensors]
+        if isinstance(self.spec, EMA) and (not self.average or self._taken != trained):
+            self._take_new(trained)
+        self._taken = trained
 
     def settle(self, clock: Clock) -> None:
         """Take the weights as they are, if they are due at this point of the run."""
@@ -186,7 +217,8 @@ class Average:
             return
         self.cadence.start(clock, resumed=True)  # where it has begun already, that changes nothing
         if self.cadence.due(clock):
-            self._take_new()
+            # What was trained up to here: what callbacks thaw at this point may be thawed already, or not yet.
+            self._take_new(self._taken or [p.requires_grad for p in self._tensors])
             self._fold(1 / (self.folds + 1))
 
     def show(self) -> bool:
@@ -219,11 +251,12 @@ class Average:
             self.forget()
 
     def _is_shown(self) -> bool:
-        return all(torch.equal(live, self.average[name].to(live.dtype)) for name, live in self._live())
+        return all(_equal(live, self.average[name].to(live.dtype)) for name, live in self._live())
 
     def forget(self) -> None:
         """Begin anew, from what the module holds."""
-        self.average, self.raw, self.torn, self.folds, self._lists = {}, None, False, 0, None
+        self.average, self.raw, self.torn, self.folds, self.counted, self._lists = {}, None, False, 0, None, None
+        self._taken = []
 
     def shown(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What the module is to be saved with: its tensors, and in place of each one of the same type."""
@@ -236,7 +269,8 @@ class Average:
         finer = {name: tensor for name, tensor in self.average.items() if tensor.dtype != raw[name].dtype}
         cadence = None if self.cadence is None else self.cadence.state_dict()
         raw = {name: tensor.detach() for name, tensor in raw.items()}
-        return {"kind": self.spec.kind, "folds": self.folds, "raw": raw, "finer": finer, "cadence": cadence}
+        counts = {"folds": self.folds, "counted": None if self.counted is None else self.counted.clone()}
+        return {"kind": self.spec.kind, **counts, "raw": raw, "finer": finer, "cadence": cadence}
 
     def load_state_dict(self, state: Mapping[str, Any], *, training: bool) -> None:
         """Go on from what ``state_dict`` gave; the module holds the average, and ``training`` says whether it is to stay."""
@@ -244,12 +278,13 @@ class Average:
         self.folds = state["folds"]
         if self.cadence is not None and state["cadence"] is not None:
             self.cadence.load_state_dict(state["cadence"])
-        raw = state["raw"]
-        self._taken = [p.requires_grad for p in self._tensors]
+        raw, counted = state["raw"], state["counted"]
         live = {name: tensor for name, tensor in self._all() if name in raw}
         self.average = {name: _of_average(tensor) for name, tensor in live.items()}
         for name, tensor in state["finer"].items():
             self.average[name].copy_(tensor)
+        if counted is not None and self._tensors:
+            self.counted = counted.to(self._tensors[0].device, copy=True)
         if live:
             self.raw = {name: raw[name].to(tensor.device, copy=True) for name, tensor in live.items()}
         if training:
@@ -274,15 +309,16 @@ class Average:
         """Those of the module's tensors that are averaged."""
         return ((name, tensor) for name, tensor in self._all() if name in self.average)
 
-    def _take_new(self) -> None:
-        self._taken, self._lists = [p.requires_grad for p in self._tensors], None
+    def _take_new(self, trained: list[bool]) -> None:
+        """Begin to average what is trained, and buffers."""
+        self._lists = None
+        of_parameter = dict(zip(self.parameters, trained, strict=True))
         for name, tensor in self._all():
-            parameter = self.parameters.get(name)
-            if name not in self.average and (parameter is None or parameter.requires_grad):
+            if name not in self.average and of_parameter.get(name, True):
                 self.average[name] = _of_average(tensor)
 
     @torch.no_grad()
-    def _fold(self, share: float, flag: Tensor | None = None) -> None:
+    def _fold(self, share: float | Tensor, flag: Tensor | None = None) -> None:
         """Move the average by a share of its distance to the weights; not at all where the flag is above 0."""
         self.folds += 1
         if self._lists is None:
@@ -290,7 +326,7 @@ class Average:
             self._lists = [self.parameters[name] for name in names], [self.average[name] for name in names]
         live, average = self._lists
         if self.buffers:
-            found = [(name, buffer) for name in self.buffers if (buffer := self._buffer(name)) is not None]
+            found = self._fold_others(share, flag)
             live = live + [buffer for _, buffer in found]
             average = average + [self.average[name] for name, _ in found]
         if not live or not on_one_device(live) or mixed([*live, *average]):
@@ -300,6 +336,23 @@ class Average:
         away = torch._foreach_sub(live, average)
         torch._foreach_mul_(away, _counted(share, flag, away[0]))
         torch._foreach_add_(average, away)
+
+    def _fold_others(self, share: float | Tensor, flag: Tensor | None) -> list[tuple[str, Tensor]]:
+        """Fold the buffers that are no running means, each by itself; gives the others."""
+        means = []
+        for name, (owner, _) in self.buffers.items():
+            buffer = self._buffer(name)
+            if buffer is None:
+                continue
+            if name not in self.average or self.average[name].shape != buffer.shape:  # made, or grown, since
+                self.average[name] = _of_average(buffer)
+            elif isinstance(owner, _NormBase):
+                means.append((name, buffer))
+            else:
+                own = self.average[name]
+                # A mask of infinities is equal to its average, and not at a distance of inf - inf.
+                own.add_(torch.where(buffer == own, 0, buffer - own) * _counted(share, flag, own))
+        return means
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
@@ -339,8 +392,17 @@ def buffers_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
     return found
 
 
-def _counted(share: float, flag: Tensor | None, like: Tensor) -> float | Tensor:
+def _counted(share: float | Tensor, flag: Tensor | None, like: Tensor) -> float | Tensor:
+    if isinstance(share, Tensor):
+        share = share.to(device=like.device, dtype=like.dtype)
     return share if flag is None else (flag.to(like.device) == 0).to(like.dtype) * share
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """NaN equals NaN: what holds one is still the same."""
+    return torch.equal(one, other) or (
+        one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())
+    )
 
 
 def _of_average(tensor: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def fit_digits(directory: Path, epochs: int, seed: int, *, resume: bool = False)
     print(f"test accuracy {100 * result.values['val/accuracy']:.2f} % on {len(test)} digits it has not seen")
     print(f"run directory {directory}:")
     print("  history.jsonl          the readings, a line for each epoch")
-    print(f"  {name_of(result.state.step)}/        the whole state: loop.restore() goes on from it")
+    print(f"  {name_of(result.state.step)}/        the whole state: loop.restore(this directory)")
     print(f"  (to list and verify the checkpoints: axontrain checkpoints {directory})")
     try:
         display.save_curve(result.history.rows, directory / "curve.png")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from axontrain.data.structure import to_device
+from axontrain.data.structure import tensors, to_device
+from axontrain.errors import ConfigurationError, kind_of
 from axontrain.execution.nonfinite import Origin, replay
 from axontrain.loop import Loop
 
@@ -23,6 +24,9 @@ def locate_nonfinite(loop: Loop, batch: Any) -> Origin | None:
         None if all is finite; else what made the loss or a gradient not so: ``phase`` ("batch", "parameters", "forward" or
         "backward"), ``module``, ``operation``, ``tensor``, and ``line`` of your code. Infinities that are meant, as those of a
         mask, are passed over unless a NaN becomes of them.
+
+    Raises:
+        ConfigurationError: for what is no Loop, or no batch.
 
     >>> import axontrain as ax
     >>> import torch
@@ -43,6 +47,13 @@ def locate_nonfinite(loop: Loop, batch: Any) -> Origin | None:
     >>> found.phase, found.operation, found.tensor
     ('forward', 'aten.sqrt', 'Tensor(4, 1) float32 with 4 NaN of 4, the first at (0, 0)')
     """
+    if not isinstance(loop, Loop):
+        raise ConfigurationError(f"locate_nonfinite({kind_of(loop)}, ...): the Loop, and a batch as its train_step gets it")
+    if not any(True for _ in tensors(batch)):
+        raise ConfigurationError(
+            f"locate_nonfinite(loop, {kind_of(batch)}): a batch of tensors, as train_step gets it; of a dataset "
+            f"next(iter(ax.Loader(dataset, 32)))"
+        )
     batch = to_device(batch, loop.device)
     batch = batch if loop.precision.dtype is None else loop.precision.batch(batch)
     with loop.state.training_weights():

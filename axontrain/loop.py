@@ -24,7 +24,7 @@ from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
 from axontrain.data.stream import DEFAULT_BATCH_SIZE
 from axontrain.data.structure import joined, to_device
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown, warn
 from axontrain.execution import due, modes, passes
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
@@ -147,7 +147,8 @@ class Loop:
             epochs, steps, time: the limits (``time="10 min"``, or seconds); at least one.
             batch_size: samples in a batch, where ``train`` or ``validation`` is a bare Dataset.
             microbatch: compute so many samples of a batch at once, to save memory: the gradient is that of the batch to
-                rounding, and nothing else knows of it. "auto" halves when memory runs out, and tries larger again later.
+                rounding where the loss is a mean over items (``weight(batch)`` of them), and nothing else knows of it. "auto"
+                halves when memory runs out, and tries larger again later.
                 ``state.last`` has predictions only if there are metrics of training, for which they are put together.
             accumulate: make one step of so many batches of ``train``, where they come ready-made and small.
             validate: a duration: "1 epoch", "500 steps", "10 min", "5%", or an :class:`~axontrain.Every`.
@@ -302,8 +303,7 @@ class Loop:
         state.meter.record(step, task_of(batch))
         if perf_counter() >= self._next_reading:  # of what was skipped: nobody else may ask for a long time
             self._next_reading = perf_counter() + READ_EVERY_SECONDS
-            for update in state.optimizers.values():
-                update.read()
+            state.read_updates()
         return step
 
     def on(
@@ -382,6 +382,14 @@ class Loop:
             self.state.load_weights(tree)
             return
         self._start.restore(self.callbacks, tree, source)
+        for name, update in self.state.optimizers.items():
+            saved = tree["optimizers"][name]["average"]
+            if saved is not None and not update.takes(saved):
+                warn(
+                    f"the saved run evaluated an average of its weights ({saved['kind']}), and the optimizer {name!r} has "
+                    f"average={update.spec.average!r}: what is here now are the raw weights, which training goes on with. For "
+                    f"the average, give the Optimizer the same average=, or restore(..., only='objective')"
+                )
 
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.

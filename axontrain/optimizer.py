@@ -94,6 +94,11 @@ class Optimizer:
         self.schedule = schedule
         self.clip_norm = None if clip_norm is None else _number("clip_norm", clip_norm, above=0.0)
         self.clip_value = None if clip_value is None else _number("clip_value", clip_value, above=0.0)
+        if not isinstance(groups, (Mapping, type(None))):
+            raise ConfigurationError(
+                f"groups={kind_of(groups)}: a mapping of selections to options, as groups={{'net.0.*': dict(lr=1e-4), "
+                f"nn.Embedding: dict(weight_decay=0.0)}}"
+            )
         self.groups = dict(groups or {})
         if not isinstance(no_decay, bool):
             raise ConfigurationError(f"no_decay={no_decay!r}: True or False")
@@ -103,8 +108,13 @@ class Optimizer:
         if closure is not None and not isinstance(closure, bool):
             raise ConfigurationError(f"closure={closure!r}: True or False; what it evaluates is train_step")
         self.closure = _needs_closure(self.factory) if closure is None else closure
+        if not self.closure and _needs_closure(self.factory):
+            raise ConfigurationError(f"closure=False: {self.name} steps by evaluating a closure; leave it out")
         if self.factory is torch.optim.LBFGS and (clip_norm is not None or clip_value is not None):
-            raise ConfigurationError("LBFGS compares gradients with the loss's differences, which clipped ones are not of")
+            raise ConfigurationError(
+                "LBFGS compares gradients with the loss's differences, which clipped ones are not of: leave clip_norm and "
+                "clip_value out"
+            )
         if on_nonfinite not in ("skip", "raise"):
             raise unknown("on_nonfinite", on_nonfinite, ("skip", "raise"))
         self.on_nonfinite = on_nonfinite
@@ -337,13 +347,18 @@ def build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
         except (TypeError, ValueError) as error:
             raise OptimizerError(
                 f"{getattr(factory, '__name__', factory)} cannot be made for {len(tensors)} parameters "
-                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}. Where it takes only some kinds of "
-                f"parameters, give the others a group: groups={{lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}}"
+                f"({', '.join(list(part.groups[0][0])[:4])}, ...): {error}{_advice(error)}"
             ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigurationError(f"the optimizer factory {factory!r} returned {optimizer!r}, no torch.optim.Optimizer")
     is_fused = bool(optimizer.param_groups and all(group.get("fused") for group in optimizer.param_groups))
     return optimizer, is_fused
+
+
+def _advice(error: Exception) -> str:
+    if "2D" in str(error):
+        return ". Give the others a group: groups={lambda name, p: p.ndim != 2: dict(optimizer='adamw', lr=...)}"
+    return ". Leave groups= and no_decay= out" if "per-parameter options" in str(error) else ""
 
 
 MAIN = "main"
@@ -450,7 +465,7 @@ def _some(items: Sequence[str]) -> str:
 
 def _number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> float:
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-        raise ConfigurationError(f"{name}={value!r}: a number")
+        raise ConfigurationError(f"{name}={value!r}: a number{', and not text' if isinstance(value, str) else ''}")
     number = float(value)
     if not math.isfinite(number):
         raise ConfigurationError(f"{name}={value!r}: a finite number")

@@ -19,12 +19,13 @@ from axontrain.checkpoint.encode import decode, encode
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteWarning, OptimizerError, kind_of
 from axontrain.execution import modes
+from axontrain.execution.microbatches import Cut
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import clear_gradients
 from axontrain.execution.runners import runner
 from axontrain.execution.steps import Runner, check, check_eval
 from axontrain.metrics.meter import Meter
-from axontrain.objective import Objective, Step
+from axontrain.objective import Objective, Step, batch_size
 from axontrain.optimizer import Optimizer, check_covered, route
 from axontrain.state import LoopState
 from axontrain.update import Update
@@ -150,7 +151,33 @@ def _one_step(
             f"requires_grad_(False)"
         )
     _measured(step, metrics, report)
+    _divided(objective, batch, seed, precision, report)
     return True
+
+
+def _divided(objective: Objective, batch: Any, seed: int, precision: Precision, report: Report) -> None:
+    """Whether the loss of a batch is the mean over its parts, which is what microbatches go by."""
+    count = batch_size(batch)
+    train_step = precision.within(objective.train_step)
+
+    def loss(part: Any, seed: int) -> tuple[float, float]:
+        with randomness.seeded(seed):
+            step = train_step(_fresh(part))
+        return float(step.loss.detach()), float(step.weight)
+
+    try:
+        with modes.evaluation(objective):
+            whole, again = loss(batch, seed), loss(batch, seed + 1)
+            parts = [loss(part, seed) for part in Cut(-(-count // 2))(batch)]
+    except Exception:  # batches that cannot be cut, and steps that go with training alone
+        return
+    of_parts, near = sum(value * weight for value, weight in parts) / (sum(weight for _, weight in parts) or 1), abs(whole[0])
+    rounding = 1e-3 if precision.name in ("fp32", "fp64") else 2e-2
+    if whole == again and abs(whole[0] - of_parts) > rounding * max(near, 1e-6):
+        report.notes.append(
+            f"the loss of the batch, {whole[0]:.6g}, is not the mean of that of its halves, {of_parts:.6g}: with microbatch= "
+            f"it would train otherwise. It goes with a mean over items, so many as weight(batch) says"
+        )
 
 
 def _one_sample_left(objective: nn.Module, stream: Stream, report: Report) -> None:
@@ -266,6 +293,7 @@ def _survives(
         fresh = _copied(objective)
         other, step_other = _trainer(fresh, optimizers, seed, precision)
         other.load_state_dict(decode(text, tensors))
+        other.hide_averages()
         hidden = _hidden(trained, fresh)
         results = []
         for one, train_step in ((trained, step_on), (fresh, step_other)):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from axontrain import callback
 from axontrain.callback import Callback, FunctionCallback, Hooks, Saver
 from axontrain.callbacks.checkpoint import Checkpoint
@@ -244,16 +246,23 @@ class Start:
         if isinstance(found, str):
             if not found:
                 return False
-            tell(found, compare(self.state.outline(), setup, None, limits))
+            tell(found, compare(self.state.outline(), setup, None, limits, self.state))
             if self.state.half_done:
                 warn("the last fit failed within a step, of which a part may be done, and there is no checkpoint to go back to")
             return True
         path, tree = found
         with naming(path):
             schema.check(tree)
-            changes = compare(tree, setup, self.seed, limits)
+            changes = compare(tree, setup, self.seed, limits, self.state)
         self.restore(callbacks, tree, path)
         tell(path, changes)
+        old = self.state.old_plan
+        if old is not None and old.start_step and any(old.state_dict()[name] != value for name, value in limits.items()):
+            warn(
+                f"the fit that is gone on with began at step {old.start_step} with {_told(old)}, and this one says "
+                f"{_told(plan)}: it ends after so much from there. Where a script fits twice, give each fit a Loop and a "
+                f"directory of its own"
+            )
         return True
 
     def _pending(self, found: str | tuple[Path, Any], callbacks: Sequence[Callback]) -> Stop | StopEpoch | None:
@@ -297,6 +306,11 @@ class Start:
             self.state.attach(f"callback/{key}", one, replace=True)
 
 
+def _told(plan: Plan) -> str:
+    limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_") and value is not None}
+    return ", ".join(f"{name}={value}" for name, value in limits.items()) or "no limit"
+
+
 def check_ready(state: LoopState) -> None:
     """Raise unless a step can be trained.
 
@@ -309,6 +323,13 @@ def check_ready(state: LoopState) -> None:
     if not state.optimizers:
         raise OptimizerError("this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)")
     check_covered(state.objective, {name: update.parameters for name, update in state.optimizers.items()})
+    averaged = any(update.average is not None for update in state.optimizers.values())
+    lazy = [name for name, p in state.objective.named_parameters() if is_lazy(p)]
+    if lazy and (averaged or state.directory is not None):
+        raise ConfigurationError(
+            f"{', '.join(lazy[:4])} get their shapes from the first batch, and until then can be neither saved nor averaged: "
+            f"call the objective's predict(inputs) once before the Loop is made"
+        )
 
 
 def check_batch_size(batch_size: int, *streams: Stream) -> None:

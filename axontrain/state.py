@@ -16,7 +16,8 @@ from axontrain import display, randomness
 from axontrain.averages import Average
 from axontrain.clock import Cadence, Every, Plan
 from axontrain.data.structure import to_device
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses, warn
+from axontrain.guard import BufferGuard
 from axontrain.history import History
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names
@@ -73,6 +74,7 @@ class LoopState:
         self.newest = 0  # the number of the last checkpoint of the directory that this run has written or gone on from
         self.rng: dict[str, Any] | None = None  # the run's own random stream, and whether it is the global one just now
         self.drawing = False
+        self.buffers: BufferGuard | None = None  # of the steps of the present fit, or by hand
         self.request: Stop | StopEpoch | None = None
         self.validates = self.resumed = False
         self.directory: Path | None = None
@@ -108,11 +110,21 @@ class LoopState:
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
         """
-        for optimizer in self.optimizers.values():
-            optimizer.read()
+        self.read_updates()
         readings = {f"train/{name}": value for name, value in self.meter.read(last=last).items()} if len(self.meter) else {}
         self.values.update(readings)
         return readings
+
+    def read_updates(self) -> None:
+        """Read which updates were skipped, and tell.
+
+        Raises:
+            NonFiniteError: if too many in a row were.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.read()
+        if self.buffers is not None:
+            self.buffers.settle()
 
     def record(self, readings: Mapping[str, Any]) -> None:
         """Add readings of your own, at the present step: to ``values`` and to the history."""
@@ -237,7 +249,8 @@ class LoopState:
         """A fit ends: averages of weights, where there are any, are what the module holds from now on."""
         self._settle_averages()
         for average in self._averages:
-            average.show()
+            if not average.show() and average.raw is None and self.step and self.status == "completed":
+                warn(f"average={average.spec!r} has not begun by step {self.step}, where the fit ended: these are raw weights")
 
     def outline(self) -> dict[str, Any]:
         """Of ``state_dict`` what says where the run stands and what it was made of."""

@@ -25,7 +25,7 @@ from axontrain.errors import (
     NonFiniteWarning,
     unknown,
 )
-from axontrain.guard import Guard, on_one_device
+from axontrain.guard import Guard, on_one_device, within
 from axontrain.optimizer import Optimizer, build, parts
 from axontrain.schedule_free import OwnAverage, averaging
 from axontrain.shown import NAME, plain
@@ -63,6 +63,8 @@ class Update:
             optimizer, is_fused = build(part, fused)
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
+        # Those whose state is saved: SAM, for one, has within itself the optimizer that steps at last.
+        self._kept = [*self.optimizers, *(one for optimizer in self.optimizers for one in self._inner(optimizer))]
         self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
@@ -71,12 +73,14 @@ class Update:
         self.steps = 0
         self.skipped = 0
         self.in_a_row = 0
+        self.bad_losses = 0  # so many in a row, where losses are scaled
         self.clock: Clock | None = None
         self.scaled = False  # whether losses are scaled: then gradients overflow now and then, and nothing is wrong
         self._pending: list[tuple[int, Tensor, Tensor, Mapping[str, Any]]] = []
         self._ones: dict[torch.device, Tensor] = {}
-        # Of so many gradients: whether one kernel can look through them all, and whether any is sparse.
-        self._looked_at, self._alike, self._sparse = 0, False, False
+        # Of the gradients that are there: whether one kernel can look through them all, and whether any is sparse.
+        self._looked_at: list[bool] = []
+        self._alike = self._sparse = False
         self._factor: Callable[[float], float] | None = None
         self._schedulers: list[LRScheduler] = []
         for group in self._groups():
@@ -85,6 +89,11 @@ class Update:
         self._set: builtins.set[str] = set()  # the names of options that were changed since
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
+
+    def _inner(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+        own = {id(p) for p in self.tensors}
+        found = [one for one in within(optimizer) if one.state is not optimizer.state]
+        return [one for one in found if own.issuperset(id(p) for group in one.param_groups for p in group["params"])]
 
     def _average(self, module: nn.Module | None) -> Average | None:
         own = [optimizer for optimizer in self.optimizers if averaging(optimizer)]
@@ -117,13 +126,9 @@ class Update:
             A scalar float tensor: above 0 if the update was skipped.
         """
         self._make_room()
-        gradients = [p.grad for p in self.tensors if p.grad is not None]
+        gradients = self._gradients(loss)
         if not gradients:
             return self._without_gradients(loss)
-        if len(gradients) != self._looked_at:
-            self._look_at(gradients, loss)
-        if self._sparse:
-            gradients = self._coalesced()
         spec, norm = self.spec, None
         if spec.clip_norm is None or spec.clip_value is not None:  # clamping would hide an infinity: look before it
             flag = self._not_finite(gradients, loss)
@@ -131,8 +136,7 @@ class Update:
             norm = _norm(gradients, loss.device)
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
-            step = self._number()
-            raise NonFiniteError(self._described(step, loss, terms), [step])
+            raise self._error(loss, terms)
         self._clip(gradients, norm)
         self._set_scheduled_rates()
         if spec.closure:
@@ -143,6 +147,25 @@ class Update:
         for parameter in self.tensors:
             parameter.grad = None
         return self._finished(loss, terms, flag)
+
+    def look(self, loss: Tensor, terms: Mapping[str, Any]) -> None:
+        """Raise at once where the update would not be finite, at the cost of a host read; nothing is changed.
+
+        Raises:
+            NonFiniteError: naming the step and the gradients.
+        """
+        gradients = self._gradients(loss)
+        if gradients and self._not_finite(gradients, loss).item() and not (self.scaled and math.isfinite(loss.item())):
+            raise self._error(loss, terms)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor]:
+        every = [p.grad for p in self.tensors]
+        gradients = [gradient for gradient in every if gradient is not None]
+        there = [gradient is not None for gradient in every]
+        if gradients and there != self._looked_at:
+            self._looked_at = there
+            self._look_at(gradients, loss)
+        return self._coalesced() if self._sparse else gradients
 
     def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> Tensor:
         if self._schedulers:
@@ -167,6 +190,8 @@ class Update:
 
     def _clip(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
         value, most = self.spec.clip_value, self.spec.clip_norm
+        if not gradients:
+            return
         if value is not None:
             for gradient in gradients:
                 (gradient._values() if gradient.is_sparse else gradient).clamp_(-value, value)
@@ -180,6 +205,7 @@ class Update:
         again = self.again
         assert again is not None  # whoever trains with such an optimizer gives it
         found: Tensor | None = loss if self.spec.factory is torch.optim.LBFGS else None
+        last: list[Tensor] = []
 
         def closure() -> Tensor:
             nonlocal found
@@ -187,11 +213,12 @@ class Update:
                 first, found = found, None
                 return first
             value = again()
-            if gradients := [p.grad for p in self.tensors if p.grad is not None]:
-                self._clip(gradients)
+            gradients = self._gradients(value)
+            last[:] = [self._not_finite(gradients, value.detach())] if gradients else []
+            self._clip(gradients)
             return value
 
-        return self._guards[0].search(flag, closure)
+        return self._guards[0].search(flag, closure, lambda: not any(map(bool, last)))
 
     def read(self) -> None:
         """Read which updates were skipped since the last reading; warn of them.
@@ -201,26 +228,27 @@ class Update:
         """
         flags = self._flags()
         pending, self._pending = self._pending, []
-        skipped, self.in_a_row, longest = self._counted(flags)
+        skipped, self.in_a_row, longest = _counted(flags, self.in_a_row)
         self.skipped += skipped
         if not skipped:
+            self.bad_losses = 0
             return
-        left_out = [entry for flag, entry in zip(flags, pending, strict=True) if flag]
-        patience = self.spec.patience
-        if self.scaled:
-            patience += HALVINGS
-            if longest < patience:
-                left_out = [entry for entry in left_out if not math.isfinite(float(entry[2]))]
-                skipped = len(left_out)
+        patience, halvings = self.spec.patience, ""
+        if self.scaled and longest >= patience + HALVINGS:
+            halvings = f" after {HALVINGS} halvings of the loss scale"
+        elif self.scaled:  # gradients overflow until the scale is right, and nothing is wrong; a loss is not scaled yet
+            flags = [float(flag and not math.isfinite(float(entry[2]))) for flag, entry in zip(flags, pending, strict=True)]
+            skipped, self.bad_losses, longest = _counted(flags, self.bad_losses)
             if not skipped:
                 return
+        left_out = [entry for flag, entry in zip(flags, pending, strict=True) if flag]
         told = "; ".join(f"step {step}: {_terms(loss, terms)}" for step, _, loss, terms in left_out[:4])
         more = f"; ... step {left_out[-1][0]}" if skipped > 4 else ""
         many, were = ("1 update", "was") if skipped == 1 else (f"{skipped} updates", "were")
         message = f"{many} of the optimizer {self.name!r} {were} skipped as not finite ({told}{more})"
         if longest >= patience:
             raise NonFiniteError(
-                f"{message}; {longest} in a row, patience={patience}. The weights are those from before. Lower "
+                f"{message}; {longest} in a row, patience={patience}{halvings}. The weights are those from before. Lower "
                 f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first.",
                 [step for step, *_ in left_out],
             )
@@ -268,9 +296,11 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
-        skipped, in_a_row, _ = self._counted(self._flags())
+        flags = self._flags()
+        skipped, in_a_row, _ = _counted(flags, self.in_a_row)
+        bad = [float(flag and not math.isfinite(float(e[2]))) for flag, e in zip(flags, self._pending, strict=True)]
         return {
-            "optimizers": [self._part_state(optimizer) for optimizer in self.optimizers],
+            "optimizers": [self._part_state(optimizer) for optimizer in self._kept],
             "schedulers": [
                 {"kind": type(scheduler).__name__, "state": _plain(scheduler.state_dict())} for scheduler in self._schedulers
             ],
@@ -278,6 +308,7 @@ class Update:
             "unscaled": list(self._unscaled),
             "skipped": self.skipped + skipped,
             "in_a_row": in_a_row,
+            "bad_losses": _counted(bad, self.bad_losses)[1] if self.scaled else 0,
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -301,20 +332,24 @@ class Update:
             CheckpointError: if it is of another algorithm, of other parameters or groups, or of another kind of schedule.
         """
         of = f"the optimizer {self.name!r}"
-        for key, own in (("optimizers", self.optimizers), ("schedulers", self._schedulers)):
+        for key, own in (("optimizers", self._kept), ("schedulers", self._schedulers)):
             kinds = [type(one).__name__ for one in own]
             saved = [part["kind"] for part in state[key]]
             if len(kinds) != len(saved):
                 raise CheckpointError(f"{of} has {len(kinds)} {key}, the saved one {len(saved)}")
             if kinds != saved:
                 raise CheckpointError(f"{of} is made of {', '.join(kinds)}, the saved one of {', '.join(saved)}")
-        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+        if state["unscaled"] and len(state["unscaled"]) != len(self._groups()):
+            raise CheckpointError(f"{of} has {len(self._groups())} groups, the saved one {len(state['unscaled'])}")
+        for optimizer, part in zip(self._kept, state["optimizers"], strict=True):
             mine = self._grouped(optimizer)
             its = [group["parameters"] for group in part["groups"]]
             if mine != its:
                 a, b = ({name for group in groups for name in group} for groups in (mine, its))
                 names = ", ".join(plain(name, NAME) for name in sorted(a ^ b)[:8])
-                how = f"other parameters than the saved one: they differ in {names}" if names else "other groups of parameters"
+                sizes = [" and ".join(str(len(group)) for group in groups) for groups in (mine, its)]
+                of_groups = f"other groups of parameters than the saved one: of {sizes[0]} here, of {sizes[1]} there"
+                how = f"other parameters than the saved one: they differ in {names}" if names else of_groups
                 raise CheckpointError(f"{of} is of {how}")
             for group, saved_group in zip(optimizer.param_groups, part["groups"], strict=True):
                 _check_kinds(of, group, saved_group)
@@ -348,13 +383,21 @@ class Update:
             CheckpointError: if it is of other parameters or of another number of optimizers or schedules.
         """
         self.check(state)
-        for optimizer, part in zip(self.optimizers, state["optimizers"], strict=True):
+        shared = [
+            (inner, outer)
+            for outer in self.optimizers
+            for inner in self._inner(outer)
+            if all(one is other for one, other in zip(inner.param_groups, outer.param_groups, strict=False))
+        ]
+        for optimizer, part in zip(self._kept, state["optimizers"], strict=True):
             self._load_part(optimizer, part)
+        for inner, outer in shared:  # torch puts new groups in place of those that were loaded
+            inner.param_groups = outer.param_groups
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(_restored(saved["state"], scheduler.state_dict()))
         self.scale, self._unscaled = state["scale"], list(state["unscaled"])
-        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
-        self._pending, self._looked_at = [], 0
+        self.skipped, self.in_a_row, self.bad_losses = state["skipped"], state["in_a_row"], state["bad_losses"]
+        self._pending, self._looked_at = [], []
         for guard in self._guards:
             guard.forget()
 
@@ -422,16 +465,7 @@ class Update:
     def _flags(self) -> list[float]:
         return torch.stack([flag for _, flag, _, _ in self._pending]).tolist() if self._pending else []
 
-    def _counted(self, flags: list[float]) -> tuple[int, int, int]:
-        """How many were skipped, how many in a row up to now, and the most in a row."""
-        in_a_row, longest = self.in_a_row, 0
-        for flag in flags:
-            in_a_row = in_a_row + 1 if flag else 0
-            longest = max(longest, in_a_row)
-        return sum(map(bool, flags)), in_a_row, longest
-
     def _look_at(self, gradients: list[Tensor], loss: Tensor) -> None:
-        self._looked_at = len(gradients)
         self._sparse = any(g.is_sparse for g in gradients)
         alike = all(g.dtype is loss.dtype and g.device == loss.device for g in gradients)
         self._alike = alike and not self._sparse and not gradients[0].is_complex()
@@ -468,14 +502,16 @@ class Update:
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
         return flag
 
-    def _described(self, step: int, loss: Tensor, terms: Mapping[str, Any]) -> str:
+    def _error(self, loss: Tensor, terms: Mapping[str, Any]) -> NonFiniteError:
+        step = self._number()
         bad = [
             name
             for name, p in self.parameters.items()
             if p.grad is not None and not bool(torch.isfinite(p.grad._values() if p.grad.is_sparse else p.grad).all())
         ]
         where = f"; gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not finite" if bad else ""
-        return f"step {step}: {_terms(loss, terms)}{where}; nothing was updated (on_nonfinite='raise')"
+        told = f"step {step}: {_terms(loss, terms)}{where}; nothing was updated (on_nonfinite='raise')"
+        return NonFiniteError(told, [step])
 
     def _grouped(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """The names of an optimizer's parameters, group by group."""
@@ -518,6 +554,15 @@ class Update:
                 for key, value in saved["state"].get(names[id(p)], {}).items():
                     if key != "step" and isinstance(value, Tensor):
                         optimizer.state[p][key] = _laid_out(value, p, fused=bool(group.get("fused")))
+
+
+def _counted(flags: list[float], in_a_row: int) -> tuple[int, int, int]:
+    """How many were skipped, how many in a row up to now, and the most in a row; so many were when it began."""
+    longest = 0
+    for flag in flags:
+        in_a_row = in_a_row + 1 if flag else 0
+        longest = max(longest, in_a_row)
+    return sum(map(bool, flags)), in_a_row, longest
 
 
 def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -593,7 +638,9 @@ def _plain(value: Any) -> Any:
 
 def _like(value: Any, own: Any) -> Any:
     if isinstance(own, tuple) and isinstance(value, list):
-        return tuple(value)
+        return tuple(_like(item, None) for item in value)
+    if isinstance(value, list):  # of LBFGS: tensors that were read from a file lie where its bytes do
+        return [_like(item, None) for item in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 

@@ -781,3 +781,161 @@ def test_of_gathered_batches_all_samples_are_named():
     with pytest.raises(ax.NonFiniteError) as caught:
         loop.fit(ax.Loader(ax.ArrayDataset(x, y), 4), epochs=1, accumulate=2)
     assert any("step 2 was of the samples 8, 9, 10, 11, 12, 13, 14, 15 of" in note for note in caught.value.__notes__)
+
+
+class Replacing(torch.optim.Optimizer):
+    """Puts new tensors into its state, as many do that are written by hand."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    state = self.state[p]
+                    state["m"] = 0.9 * state["m"] + p.grad if "m" in state else p.grad.clone()
+                    state["sizes"] = torch.cat([state.get("sizes", p.new_zeros(0)), p.grad.norm()[None]])
+                    p.data = p.data - group["lr"] * state["m"]
+
+
+@pytest.mark.parametrize("factory", [Replacing, "nadam", "adamw", "rmsprop"])
+def test_state_and_weights_that_are_replaced_are_put_back_too(factory):
+    def clamped(state):
+        for p in state.objective.parameters():
+            p.data = p.data.clamp(-0.3, 0.3)
+
+    spec, batches = ax.Optimizer(factory, lr=0.01), data(8)
+    loops = [make(model(), spec), make(model(), spec)]
+    for loop in loops:
+        clamped(loop.state)
+        loop.on("after_batch")(clamped)
+    fitted(loops[0], batches)
+    fitted(loops[1], inserted(batches, (0, 4)), skips=True)
+    assert loops[1].state.optimizers["main"].skipped == 2
+    assert_same(learnt(loops[1]), learnt(loops[0]))
+
+
+class Slow(torch.optim.SGD):
+    """Does more than the kernel of the class that it is of (Lookahead: Zhang et al. 2019, arXiv:1907.08610)."""
+
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        slow = self.state[p].setdefault("slow", p.detach().clone())
+                        slow.lerp_(p, 0.5)
+                        p.copy_(slow)
+
+
+@pytest.mark.parametrize("factory", [Slow, "nadam", "rprop", "asgd", "adafactor", "adamw"])
+@pytest.mark.parametrize("place", [0, 3, 4])
+def test_the_first_update_of_what_is_thawed_may_be_skipped(factory, place):
+    spec, batches = ax.Optimizer(factory, lr=0.01), data(8)
+    loops = []
+    for given in (batches, inserted(batches, (place,))):
+        loop = make(model(), spec)
+        loop.objective.model[0].requires_grad_(False)
+        count = 3 + (place < 4 and given is not batches)
+
+        @loop.on("after_batch")
+        def thaw(state, count=count):
+            if state.step == count:
+                state.objective.model[0].requires_grad_(True)
+
+        loops.append(fitted(loop, given, skips=given is not batches))
+    assert not torch.equal(loops[0].objective.model[0].weight, model()[0].weight)
+    assert_same(learnt(loops[1]), learnt(loops[0]))
+
+
+class Centred(ax.Objective):
+    """A running mean in a buffer, changed in the way that ``how`` says."""
+
+    def __init__(self, how, size):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.how = nn.Linear(5, 3), how
+        self.register_buffer("center", torch.zeros(size))
+        self.register_buffer("constant", torch.arange(float(size)))
+
+    def predict(self, x):
+        following = 0.9 * self.center + 0.1 * x.mean()
+        if self.how == "assigned":
+            self.center = following
+        elif self.how == "grown":
+            self.center = torch.cat([following, x.mean()[None]])
+        elif self.how == "made":
+            self.center = None if self.training and x.mean() > 0 else following
+            if self.center is None:
+                self.center = following
+        else:
+            (self.center.data if self.how == "by data" else self.center).copy_(following)
+        return self.linear(x)
+
+    def loss(self, predictions, targets):
+        return F.cross_entropy(predictions, targets)
+
+
+@pytest.mark.parametrize("how", ["in place", "by data", "assigned", "grown", "made"])
+@pytest.mark.parametrize("size", [4, 8192])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_buffers_of_any_size_are_put_back_however_they_were_changed(how, size, passes):
+    spec, batches = ax.Optimizer("sgd", lr=0.1), data(4)
+    loops = [make(Centred(how, size), spec) for _ in range(2)]
+    for index in range(passes):  # from the first reading on, large ones that did not change are watched by their versions
+        fitted(loops[0], batches)
+        fitted(loops[1], inserted(batches, (0, 2)), skips=True)
+        assert loops[1].state.optimizers["main"].skipped == 2 * (index + 1)
+    assert loops[0].objective.center.abs().sum() > 0
+    assert_same(learnt(loops[1]), learnt(loops[0]))
+    assert_same(dict(loops[1].objective.named_buffers()), dict(loops[0].objective.named_buffers()))
+
+
+def test_large_buffers_that_no_step_changes_are_not_kept():
+    loop = make(Centred("assigned", 8192), ax.Optimizer("sgd", lr=0.1))
+    fitted(loop, data(3))
+    kept = {name: copy for (_, name), (_, copy) in loop.state.buffers._before.items()}
+    assert kept["constant"] is not None, "it is looked at until the first reading"
+    step = loop.state.buffers
+    step.keep()
+    step.keep()
+    kept = {name: copy for (_, name), (_, copy) in step._before.items()}
+    assert kept["constant"] is None
+    assert kept["center"] is not None
+
+
+def test_parameters_change_places_with_sparse_ones():
+    """As many gradients as before, of other kinds."""
+
+    class Words(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.scale, self.out = nn.Embedding(20, 4, sparse=True), nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+        def predict(self, words):
+            return self.out(self.words(words).mean(1) * self.scale)
+
+        def loss(self, predictions, targets):
+            return F.mse_loss(predictions, targets)
+
+    for bound in ({}, {"clip_norm": 0.1}):
+        loop = make(Words(), ax.Optimizer("sgd", lr=0.1, **bound), callbacks=[ax.Unfreeze("words.*", 2), ax.Freeze("scale", 2)])
+        before = loop.objective.words.weight.detach().clone()
+        loop.fit(sentences(4), epochs=1)
+        assert not torch.equal(loop.objective.words.weight, before)
+
+
+def test_raise_with_several_optimizers_updates_none_of_them():
+    spec = {
+        "calm": ax.Optimizer("sgd", lr=0.1, on_nonfinite="raise"),
+        "wild": ax.Optimizer("sgd", lr=0.1, params="wild", on_nonfinite="raise"),
+    }
+    loop = make(OnePart(0.0), spec)
+    before = [p.detach().clone() for p in loop.objective.parameters()]
+    with pytest.raises(ax.NonFiniteError, match="gradients of wild are not finite; nothing was updated"):
+        loop.fit(data(1), epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.objective.parameters(), strict=True))

@@ -201,7 +201,8 @@ def _attached(name: str, value: Any, place: str) -> None:
 
 
 def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
-    of_one = _only(value, place, "optimizers", "schedulers", "scale", "unscaled", "skipped", "in_a_row", "average")
+    counts = ("skipped", "in_a_row", "bad_losses")
+    of_one = _only(value, place, "optimizers", "schedulers", "scale", "unscaled", *counts, "average")
     if of_one.get("average") is not None:
         _average(of_one["average"], f"{place}/average")
     groups = 0
@@ -216,16 +217,21 @@ def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:
     unscaled = _list(_of(of_one, "unscaled", place), f"{place}/unscaled")
     for index, rate in enumerate(unscaled):
         _number(rate, f"{place}/unscaled/{index}")
-    if len(unscaled) != groups and (unscaled or (schedulers and scale != 1)):
+    if len(unscaled) > groups or (
+        not unscaled and schedulers and scale != 1
+    ):  # optimizers within others have no rates of theirs
         raise _wrong(unscaled, f"{place}/unscaled", f"a rate for each of {groups} groups")
-    for key in ("skipped", "in_a_row"):
+    for key in counts:
         _count(_of(of_one, key, place), f"{place}/{key}")
 
 
 def _average(value: Any, place: str) -> None:
-    average = _only(value, place, "kind", "folds", "raw", "finer", "cadence")
+    average = _only(value, place, "kind", "folds", "counted", "raw", "finer", "cadence")
     _text(_of(average, "kind", place), f"{place}/kind")
     _count(_of(average, "folds", place), f"{place}/folds")
+    counted = _of(average, "counted", place)
+    if counted is not None and not (isinstance(counted, Tensor) and counted.is_floating_point() and not counted.ndim):
+        raise _wrong(counted, f"{place}/counted", "a number in a tensor, or nothing")
     for key in ("raw", "finer"):
         for name, tensor in _texts(_of(average, key, place), f"{place}/{key}").items():
             if not isinstance(tensor, Tensor) or (key == "finer" and name not in average["raw"]):

@@ -133,6 +133,8 @@ def _objective(tree: Any, where: object) -> Mapping[str, Any]:
 
 def _read(path: Path) -> tuple[Path, Mapping[str, Any]]:
     """What is at a path, by name, and where exactly it was."""
+    if path.name == directory.TENSORS and path.with_name(directory.MANIFEST).is_file():
+        path = path.parent  # a checkpoint by its file of tensors, which alone does not say what they are
     if path.exists() and not path.is_dir():
         return path, _file(path)
     if not path.is_dir() or any((path / name).exists() for name in (directory.MANIFEST, directory.TENSORS)):

@@ -96,6 +96,12 @@ class Source:
         elif not self._ended and ((self._live is not None and self._position == (epoch, index)) or _generators(self.data)):
             next(self.read(seed, epoch, index, size), None)
 
+    def stood(self, epoch: int, index: int, together: int) -> int:
+        """Where a pass stands of which so many groups of items were read: the last group may have been a smaller one."""
+        of, item = self._position if self._saved is None else self._saved["position"]
+        most = index * together
+        return item if of == epoch and most - together < item < most else most
+
     def goes_on_from(self, other: Source) -> None:
         """Take over how far another has read the same data."""
         self._live, self._position, self._consumed = other._live, other._position, other._consumed

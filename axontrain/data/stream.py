@@ -127,7 +127,8 @@ class Stream:
             EmptyDataError: if a pass gives no batch at all.
         """
         together, limit = self.accumulate or 1, self.limit
-        batches = self._batches(seed, epoch, start * together, None if limit is None else limit * together, step)
+        first = start * together if self.source is None else self.source.stood(epoch, start, together)
+        batches = self._batches(seed, epoch, first, None if limit is None else limit * together, step)
         if self.convert is not None:
             batches = map(self.convert, batches)
         return batches if self.accumulate is None else _accumulated(batches, self.accumulate)
@@ -155,7 +156,7 @@ class Stream:
         """Read the end of a pass of which all batches were trained on, where it was left before that."""
         if self.source is not None and self.limit is None and self.length is not None:  # else there may be more
             size = None if self.loader is None else self.loader.batch_size
-            self.source.finish(seed, epoch, index * (self.accumulate or 1), size)
+            self.source.finish(seed, epoch, self.source.stood(epoch, index, self.accumulate or 1), size)
 
     def again(self, seed: int, epoch: int, index: int, step: int) -> Any:
         """A batch that was read before; None of an iterable, whose batches are read once."""
@@ -214,6 +215,7 @@ class Stream:
                 return of
         return of | {
             "samples": None if loader.iterable else len(loader.dataset),
+            "rows": data.digest() if isinstance(data, ArrayDataset) else None,
             "batch_size": loader.batch_size,
             "shuffle": loader.shuffle,
             "drop_last": loader.drop_last,

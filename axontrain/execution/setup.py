@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from axontrain.callback import Callback, stateful
 from axontrain.clock import Every
@@ -18,8 +20,15 @@ from axontrain.state import LoopState
 from axontrain.version import VERSION
 
 # Where these differ, batch k of an epoch is another batch: to go on within the epoch would be wrong.
-DECIDES_BATCHES = ("accumulate", "samples", "length", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed")
-WORDS = {"accumulate": "number of batches in a step", "batch_size": "samples in a batch", "length": "number of batches"}
+DECIDES_BATCHES = (
+    "accumulate", "samples", "length", "rows", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed",
+)  # fmt: skip
+WORDS = {
+    "accumulate": "number of batches in a step",
+    "batch_size": "samples in a batch",
+    "length": "number of batches",
+    "rows": "rows at its beginning, middle and end, by a digest",
+}
 
 
 OF_THE_LOOP = ("average", "clip_norm", "clip_value")  # options of an Optimizer that no state holds
@@ -50,6 +59,7 @@ def describe(
         "metrics": {name: _named(metric) for name, metric in metrics.items()},
         "callbacks": {f"callback/{key}": dict(one.given) for key, one in stateful(callbacks).items()},
         "parts": sorted(name for name in state.attached if not name.startswith(own)),
+        "modules": _modules(state.objective),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()}),
         "frozen": [names.get(name, name) for name, p in parameters.items() if not p.requires_grad],
     }
@@ -60,7 +70,9 @@ def same_batches(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return not saved or not _batches_changed(saved, now)
 
 
-def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | None, limits: Mapping[str, Any]) -> str:
+def compare(
+    saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | None, limits: Mapping[str, Any], state: LoopState
+) -> str:
     """What has changed since a state was saved, in words; "" if nothing has.
 
     Args:
@@ -68,6 +80,7 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
         now: what :func:`describe` says of this run.
         seed: what this Loop was given, if anything.
         limits: of this fit.
+        state: of this Loop.
 
     Raises:
         CheckpointError: where going on would be wrong: in the middle of an epoch of other batches.
@@ -97,6 +110,7 @@ def compare(saved_state: Mapping[str, Any], now: Mapping[str, Any], seed: int | 
     changes += [f"{name} is not attached any more (state.attach): its state waits for it" for name in lost]
     changes += _of_metrics(saved["metrics"], now["metrics"], within=within)
     changes += _differences("the parameters' ", saved, now, ("dtypes",))
+    changes += _of_modules(saved.get("modules"), now["modules"], state)
     for word, names in (
         ("frozen", sorted(set(now["frozen"]) - set(saved.get("frozen", [])))),
         ("no longer frozen", sorted(set(saved.get("frozen", [])) - set(now["frozen"]))),
@@ -181,6 +195,32 @@ def _of_metrics(before: Mapping[str, Any], after: Mapping[str, Any], *, within: 
         changes += [f"the metric {name} is new: of the present epoch it sees the rest" for name in after if name not in before]
         changes += [f"the metric {name} is no longer there" for name in before if name not in after]
     return changes
+
+
+# Wrappers that compute what the module within them does.
+WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+
+
+def _lines(objective: nn.Module) -> dict[str, str]:
+    """Each module in its own words, as ``Dropout(p=0.5, inplace=False)``, without those in it."""
+    parts = objective.named_modules()
+    return {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in parts if type(m).__name__ not in WRAPPERS}
+
+
+def _modules(objective: nn.Module) -> str:
+    """A digest of each module's words, in order: short enough to be kept with every state."""
+    return " ".join(hashlib.blake2b(line.encode(), digest_size=4).hexdigest() for line in _lines(objective).values())
+
+
+def _of_modules(before: str | None, after: str, state: LoopState) -> list[str]:
+    if before is None or before == after:
+        return []
+    old, new = before.split(), after.split()
+    if len(old) != len(new):
+        return [f"the number of modules: {_changed(len(old), len(new))}"]
+    lines = _lines(state.objective)
+    changed = [f"{name} is {line}" for (name, line), a, b in zip(lines.items(), old, new, strict=True) if a != b]
+    return [f"{', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}, which was something else"]
 
 
 def _named(metric: Any) -> str:

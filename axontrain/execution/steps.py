@@ -27,7 +27,9 @@ class OneLoss:
         self.objective, self.state, self.after_backward = objective, state, after_backward
         self.train_step = precision.within(objective.train_step)
         self.updates = [optimizer.update for optimizer in state.optimizers.values()]
-        self.buffers = BufferGuard.of(objective)
+        several = len(self.updates) > 1
+        self.looks = [one.look for one in state.optimizers.values() if several and one.spec.on_nonfinite == "raise"]
+        self.buffers = state.buffers = BufferGuard.of(objective)
         self.checked = False
         self.updating = True  # else a step ends with the gradients
 
@@ -55,6 +57,8 @@ class OneLoss:
             return step
         loss = step.loss
         try:
+            for look in self.looks:  # before any of them updates
+                look(loss, step.values)
             for update in self.updates:
                 skipped = update(loss, step.values)
                 step.skipped = skipped if step.skipped is None else torch.maximum(step.skipped, skipped)
@@ -75,7 +79,7 @@ class SeveralLosses:
     ) -> None:
         self.objective, self.state, self.after_backward = objective, state, after_backward
         self.next = precision.within(next)
-        self.buffers = BufferGuard.of(objective)
+        self.buffers = state.buffers = BufferGuard.of(objective)
 
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
@@ -199,6 +203,8 @@ def check_scalar(loss: Any, what: str) -> None:
     """Raise unless the loss is one number in a tensor."""
     if not isinstance(loss, Tensor):
         raise LossError(f"{what} loss is {kind_of(loss)}; it is a scalar tensor, or a mapping of them")
+    if loss.is_complex():
+        raise LossError(f"{what} loss is complex, and what is least of complex numbers is not said: take .abs() or .real")
     if loss.numel() != 1:
         raise LossError(
             f"{what} loss is not a scalar but {tuple(loss.shape)}: reduce it, as by loss.mean() (the mean over the batch)"

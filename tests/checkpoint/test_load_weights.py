@@ -66,6 +66,15 @@ def test_from_a_checkpoint_directory(tmp_path):
     assert same(objective, Objective(1))
 
 
+def test_from_a_checkpoint_by_its_file_of_tensors(tmp_path):
+    loop = ax.Loop(Objective(0), ax.Optimizer("sgd", lr=0.1, momentum=0.9), progress=False)
+    loop.fit([(torch.ones(4, 2), torch.ones(4, 1))], epochs=1)
+    path = loop.save(tmp_path / "state")
+    other = Objective(1)
+    load_weights(other, path / "tensors.safetensors")
+    assert same(loop.objective, other)
+
+
 def test_from_the_newest_good_checkpoint_of_a_run_directory(tmp_path):
     for step in (5, 10, 20):
         write(tmp_path / name_of(step), {"objective": dict(Objective(step).state_dict())})

@@ -122,7 +122,8 @@ def test_training_knows_nothing_of_it(average):
 
 
 def test_before_it_begins_there_is_none():
-    seen, found, _ = raw_weights(averages.swa("10 epochs"), epochs=2)
+    with pytest.warns(UserWarning, match="has not begun by step 10"):
+        seen, found, _ = raw_weights(averages.swa("10 epochs"), epochs=2)
     assert all(torch.equal(value, seen[-1][name]) for name, value in found.items())
 
 
@@ -384,3 +385,96 @@ def test_without_averages_a_step_is_what_it_was():
         loop = loop_of(None)
         assert loop.state.optimizers["main"].average is None
         assert type(loop._start.runner(None)).__name__ == "OneLoss"
+
+
+class Masked(ax.Objective):
+    """A causal mask of infinities among its buffers, and one that grows with the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("mask", torch.triu(torch.full((6, 6), float("-inf")), 1))
+        self.register_buffer("seen", torch.zeros(1))
+
+    def predict(self, x):
+        self.seen = x.new_zeros(x.shape[1] + int(len(self.seen) > x.shape[1]))  # it has another size each time
+        scores = (self.query(x) @ x.transpose(1, 2) + self.mask).softmax(-1)
+        return self.out(scores @ x)
+
+    def loss(self, predictions, targets):
+        return F.mse_loss(predictions, targets)
+
+
+@pytest.mark.parametrize("average", ["ema", averages.swa(0, every=1)], ids=["ema", "swa"])
+def test_infinities_that_are_meant_stay_infinities(average):
+    loop = loop_of(average, objective=Masked)
+    x = torch.randn(16, 6, 4)
+    bad = (torch.full((8, 6, 4), float("nan")), x[:8])
+    for _ in range(2):  # the second begins with what the first has left
+        with pytest.warns(ax.NonFiniteWarning) as caught:
+            result = loop.fit([(x[:8], x[8:]), bad, (x[8:], x[:8])], [(x, x)], epochs=1)
+        assert len(caught) == 1
+        assert math.isfinite(result.values["val/loss"])
+        assert torch.equal(loop.objective.mask, Masked().mask)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("places", [(0,), (1, 1, 3)])
+def test_with_skipped_updates_the_average_is_as_if_they_had_not_been(warmup, places):
+    loops = [loop_of(averages.ema(0.99, warmup=warmup), optimizer="sgd") for _ in range(2)]
+    x, y = TRAIN.tensors
+    good = list(zip(x.split(8), y.split(8), strict=True))
+    bad = list(good)
+    for place in places:
+        bad.insert(place, (torch.full((8, 6), float("nan")), y[:8]))
+    loops[0].objective.net[3].p = loops[1].objective.net[3].p = 0.0  # dropout would draw otherwise
+    loops[0].fit(good, epochs=1)
+    with pytest.warns(ax.NonFiniteWarning):
+        loops[1].fit(bad, epochs=1)
+    for (name, one), other in zip(weights(loops[0]).items(), weights(loops[1]).values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def thawing(average, directory=None):
+    loop = loop_of(average, optimizer="sgd", directory=directory)
+    loop.callbacks.append(ax.Unfreeze("net.4.*", "2 epochs"))
+    return loop
+
+
+@pytest.mark.parametrize("average", [averages.ema(0.9), averages.swa("2 epochs", every="1 epoch")], ids=["ema", "swa"])
+@pytest.mark.parametrize("step", [9, 10, 11, 15])
+def test_what_is_thawed_joins_at_the_same_point_whoever_saves_or_resumes_there(tmp_path, average, step):
+    fit = {"epochs": 5, "batch_size": 8}
+    whole = thawing(average)
+    whole.fit(TRAIN, **fit)
+    saving = thawing(average, tmp_path / "saving")
+    saving.fit(TRAIN, TEST, **fit)
+    broken = thawing(average, tmp_path / "run")
+    broken.on("after_batch")(lambda state: ax.Stop("enough") if state.step == step else None)
+    broken.fit(TRAIN, **fit)
+    again = thawing(average, tmp_path / "run")
+    again.fit(TRAIN, **fit, resume=True)
+    for other in (saving, again):
+        for (name, value), theirs in zip(weights(whole).items(), weights(other).values(), strict=True):
+            assert torch.equal(value, theirs), name
+
+
+def test_an_average_that_never_begins_is_told():
+    loop = loop_of(averages.swa(500))
+    with pytest.warns(UserWarning, match=r"average=swa\(start='500 steps', every='1 epochs?'\) has not begun by step 5"):
+        loop.fit(TRAIN, epochs=1, batch_size=8)
+    with pytest.raises(ax.ConfigurationError, match="start='150%': of a fit there is no more than 100%"):
+        averages.swa("150%")
+
+
+@pytest.mark.parametrize("other", [None, "swa"])
+def test_who_restores_without_the_average_is_told_that_these_are_the_raw_weights(tmp_path, other):
+    loop = loop_of("ema")
+    loop.fit(TRAIN, TEST, epochs=2, batch_size=8)
+    path = loop.save(tmp_path / "state")
+    again = loop_of(other)
+    with pytest.warns(UserWarning, match=r"evaluated an average of its weights \(ema\).*only='objective'"):
+        again.restore(path)
+    assert again.evaluate(TEST)["loss"] != loop.state.values["val/loss"]
+    again.restore(path, only="objective")
+    assert again.evaluate(TEST)["loss"] == loop.state.values["val/loss"]

@@ -69,6 +69,29 @@ def test_a_good_objective_is_ok_with_any_optimizer(optimizer):
     assert loop_of(made(Good), ax.Optimizer(optimizer, lr=0.01)).check(TRAIN, TEST).ok
 
 
+@pytest.mark.parametrize("average", ["ema", ax.averages.ema(over="100 samples"), ax.averages.swa(0, every=1)])
+def test_averages_are_no_state_that_is_lost(average):
+    report = loop_of(made(Good), ax.Optimizer("adamw", lr=0.01, average=average)).check(TRAIN, TEST)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda p, t: F.cross_entropy(p, t), False),
+        (lambda p, t: F.cross_entropy(p, t, reduction="sum"), True),
+        (lambda p, t: F.cross_entropy(p @ p.T, torch.arange(len(p))), True),
+        (lambda p, t: F.cross_entropy(p, t) + torch.rand(()), False),  # nothing can be told of what draws
+    ],
+    ids=["mean", "sum", "contrastive", "noise"],
+)
+def test_a_loss_that_microbatches_would_change_is_noted(loss, told):
+    torch.manual_seed(0)
+    objective = ax.Supervised(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 2)), loss)
+    report = loop_of(objective, ax.Optimizer("sgd", lr=0.001)).check(TRAIN)
+    assert ("is not the mean of that of its halves" in str(report)) is told, str(report)
+
+
 def test_a_long_warm_up_is_no_loss_that_cannot_fall():
     optimizer = ax.Optimizer("adam", lr=0.01, schedule=ax.schedules.cosine(warmup="90%"))
     assert loop_of(made(Good), optimizer).check(TRAIN).ok

@@ -215,3 +215,88 @@ def test_what_cannot_be_is_refused():
     loop = loop_of(two)
     with pytest.raises(ax.ConfigurationError, match=r"the optimizer 'a' \(SAM\) evaluates the loss by itself"):
         loop.fit(DATA, epochs=1)
+
+
+class Around(torch.optim.Optimizer):
+    """SAM as it is published most often: an optimizer within, which shares its groups."""
+
+    def __init__(self, params, lr, rho=0.05):
+        super().__init__(params, {"lr": lr, "rho": rho})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, group in moved:
+            self.state[p]["old"] = p.clone()
+            p.add_(p.grad, alpha=group["rho"])
+        loss = closure()
+        for p, _ in moved:
+            p.copy_(self.state[p]["old"])
+        self.base.step()
+        return loss
+
+
+@pytest.mark.parametrize("spec", [ax.Optimizer(Around, lr=0.1, closure=True)])
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_an_optimizer_within_another_goes_on_too(tmp_path, spec, step):
+    test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, spec, step)
+
+
+def test_groups_stay_shared_with_the_optimizer_within(tmp_path):
+    spec = ax.Optimizer(Around, lr=0.1, closure=True)
+    loop = loop_of(spec)
+    loop.fit(DATA, epochs=1, batch_size=8)
+    again = loop_of(spec)
+    again.restore(loop.save())
+    outer = again.state.optimizers["main"].optimizers[0]
+    assert outer.param_groups is outer.base.param_groups
+    assert any(state["momentum_buffer"].abs().sum() > 0 for state in outer.base.state.values())
+
+
+@pytest.mark.parametrize("at", [2, 4, 8])
+@pytest.mark.parametrize(
+    "spec",
+    [ax.Optimizer(Around, lr=0.1, closure=True), ax.Optimizer("lbfgs", lr=0.1, max_iter=4, max_eval=2)],
+    ids=["within", "lbfgs"],
+)
+def test_a_later_evaluation_that_is_not_finite_leaves_nothing_behind(spec, at):
+    class Pit(Curve):
+        calls, at = 0, 0
+
+        def loss(self, predictions, targets):
+            Pit.calls += 1
+            return super().loss(predictions, targets) * (math.nan if Pit.calls == Pit.at else 1.0)
+
+    runs = []
+    for place in (0, at):
+        Pit.calls, Pit.at = 0, place
+        loop = ax.Loop(Pit(), spec, progress=False)
+        if place:
+            with pytest.warns(ax.NonFiniteWarning, match="1 update"):
+                loop.fit([(X, Y)] * 6, epochs=1)
+        else:
+            loop.fit([(X, Y)] * 5, epochs=1)
+        runs.append(loop)
+    assert_same(*(loop.objective for loop in runs))
+    one, other = (flat(loop.save()["optimizers"]["main"]["optimizers"]) for loop in runs)
+    assert [key for key in one | other if not same(one.get(key), other.get(key))] == []
+
+
+@pytest.mark.parametrize("step", [2, 7, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lbfgs_from_a_file_goes_on_bitwise(tmp_path, dtype, step):
+    """What it remembers is in lists of tensors, which lie elsewhere in a file: products of float32 round by that."""
+    table = ax.ArrayDataset(X.to(dtype), Y.to(dtype))
+
+    def made(directory=None):
+        objective = Curve().to(dtype)
+        return ax.Loop(objective, ax.Optimizer("lbfgs", lr=0.5, max_iter=3), progress=False, directory=directory)
+
+    whole, broken, again = made(), made(tmp_path), made(tmp_path)
+    whole.fit(table, epochs=5, batch_size=8)
+    broken.on("after_batch")(lambda state: ax.Stop("enough") if state.step == step else None)
+    broken.fit(table, epochs=5, batch_size=8)
+    again.fit(table, epochs=5, batch_size=8, resume=True)
+    assert_same(whole.objective, again.objective)

@@ -271,3 +271,24 @@ def test_torchs_settings_are_as_they_were_even_after_an_error():
 def test_predictions_can_be_taken_to_numpy():
     loop = made("bf16")
     assert np.asarray(loop.predict(table(8))).shape == (8, 2)
+
+
+@pytest.mark.parametrize("patience", [3, 10])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_loss_that_is_not_finite_is_no_matter_of_its_scale(precision, patience):
+    class Lost(Small):
+        def loss(self, predictions, targets):
+            return super().loss(predictions, targets) * float("nan")
+
+    spec = ax.Optimizer("sgd", lr=1e-3, patience=patience)
+    loop = ax.Loop(Lost(), spec, precision=precision, progress=False)
+    batch = torch.ones(2, 4)
+    with pytest.raises(ax.NonFiniteError, match=f"{patience} in a row, patience={patience}. The weights"):
+        loop.fit([batch] * patience, epochs=1)
+    other = ax.Loop(Lost(), spec, precision=precision, progress=False)  # counted across readings, and across a restart
+    with pytest.warns(ax.NonFiniteWarning):
+        other.fit([batch] * (patience - 1), epochs=1)
+    again = ax.Loop(Lost(), spec, precision=precision, progress=False)
+    again.restore(other.save())
+    with pytest.raises(ax.NonFiniteError, match=f"{patience} in a row"):
+        again.fit([batch], epochs=1)

@@ -387,3 +387,61 @@ def test_a_sample_that_cannot_be_read_is_named():
         line_loop().fit(ax.Loader(Damaged(), 4), epochs=1)
     assert "batch 1 of epoch 0" in notes(info)
     assert "[4, 5, 6, 7]" in notes(info)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: ax.Optimizer("sgd", lr=0.1, groups=[{"params": "net.*", "lr": 1e-3}]),
+            r"groups=list.*a mapping of selections",
+        ),
+        (lambda: ax.Optimizer("sgd", lr="1e-3"), "lr='1e-3': a number, and not text"),
+        (
+            lambda: ax.Optimizer("lbfgs", lr=0.1, closure=False),
+            "closure=False: lbfgs steps by evaluating a closure; leave it out",
+        ),
+        (lambda: ax.Optimizer("lbfgs", lr=0.1, clip_norm=1.0), "leave clip_norm and clip_value out"),
+        (lambda: line_loop(Faulty(lambda p, t: (p - t).mean() * 1j)).fit(batches(), epochs=1), "loss is complex.*take .abs"),
+        (lambda: ax.locate_nonfinite(line_loop().objective, batches()[0]), r"locate_nonfinite\(Supervised, \.\.\.\): the Loop"),
+        (lambda: ax.locate_nonfinite(line_loop(), ax.ArrayDataset(*table())), "a batch of tensors.*next\\(iter\\(ax.Loader"),
+    ],
+)
+def test_what_users_of_torch_try_first_is_told_how_it_goes(make, words):
+    with pytest.raises(ax.AxonError, match=f"(?s){words}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "absent"),
+    [
+        ({"factory": "muon"}, r"Give the others a group: groups=", None),
+        ({"factory": "adamw", "betas": 0.9}, "AdamW cannot be made for 2 parameters", "Give the others"),
+        ({"factory": "sgd", "nesterov": True}, "SGD cannot be made for 2 parameters", "Give the others"),
+        ({"factory": "lbfgs", "groups": {"*.bias": {"max_iter": 2}}}, r"Leave groups= and no_decay= out", "Give the others"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_says_what_helps(options, words, absent):
+    with pytest.raises(ax.OptimizerError, match=words) as caught:
+        ax.Loop(ax.Supervised(nn.Linear(3, 1), "mse"), ax.Optimizer(lr=0.1, **options), progress=False)
+    assert absent is None or absent not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [{"directory": True}, {"average": "ema"}], ids=["directory", "average"])
+def test_parameters_without_a_shape_can_be_trained_but_neither_saved_nor_averaged(tmp_path, how):
+    def made(average=None, directory=False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 1))
+        return net, ax.Loop(
+            ax.Supervised(net, "mse"),
+            ax.Optimizer("adamw", lr=0.01, average=average),
+            directory=tmp_path / "run" if directory else None,
+            progress=False,
+        )
+
+    made()[1].fit(batches(), epochs=1)
+    with pytest.raises(ax.ConfigurationError, match=r"model\.0\.weight, model\.0\.bias get their shapes from the first batch"):
+        made(**how)[1].fit(batches(), epochs=1)
+    net, loop = made(**how)
+    net(batches()[0][0])
+    loop.fit(batches(), epochs=1)

@@ -634,3 +634,90 @@ def test_only_the_newest_that_is_good_is_taken(tmp_path):
     with pytest.warns(ax.AxonWarning, match="Went on from the next older good one.*step-000000006"):
         found = finish(replace(CASE), tmp_path / "run")
     assert not differences(reference, found)
+
+
+def rows(width=8, between=None, x=None, directory=None, step=None):
+    """A fit of rows in memory, with another module in the middle."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        objective = Net(width)
+    if between is not None:
+        objective.net[1] = between
+    loop = ax.Loop(objective, ax.Optimizer("sgd", lr=0.05), progress=False, directory=directory)
+    loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == step else None)
+    made = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) if x is None else x
+    return loop, ax.ArrayDataset(made, (made.sum(1) > 0).long())
+
+
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.LeakyReLU(0.2), nn.Sequential(nn.ReLU())], ids=lambda m: type(m).__name__)
+def test_a_module_that_is_another_is_told(tmp_path, between):
+    loop, data = rows(directory=tmp_path, step=WITHIN)
+    loop.fit(data, epochs=2, batch_size=8)
+    again, data = rows(between=between, directory=tmp_path)
+    words = (
+        "the number of modules: it was 5, and is 6"
+        if isinstance(between, nn.Sequential)
+        else rf"net\.1 is {type(between).__name__}\("
+    )
+    with pytest.warns(UserWarning, match=words):
+        again.fit(data, epochs=2, batch_size=8, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.flip(0), lambda x: x + 1, lambda x: x.double()], ids=["order", "values", "dtype"]
+)
+def test_other_rows_of_the_same_size_are_other_batches(tmp_path, change):
+    loop, data = rows(directory=tmp_path, step=WITHIN)
+    loop.fit(data, epochs=2, batch_size=8)
+    again, _ = rows(directory=tmp_path)
+    x = change(data.tensors[0])
+    with pytest.raises(ax.CheckpointError, match="rows at its beginning, middle and end, by a digest"):
+        again.fit(ax.ArrayDataset(x, (x.sum(1) > 0).long()), epochs=2, batch_size=8, resume=True)
+
+
+def test_a_script_of_two_fits_in_one_directory_is_told(tmp_path):
+    loop, data = rows(directory=tmp_path)
+    loop.fit(data, epochs=3, batch_size=8)
+    loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == 19 else None)
+    loop.fit(data, epochs=2, batch_size=8)
+    again, data = rows(directory=tmp_path)
+    with pytest.warns(UserWarning, match=r"began at step 15 with epochs=2, and this one says epochs=3.*a directory of its own"):
+        again.fit(data, epochs=3, batch_size=8, resume=True)
+    same, data = rows(directory=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same.fit(data, epochs=3, batch_size=8, resume=True)  # the same limits as the fit that was gone on with
+
+
+def test_groups_that_are_others_are_told_by_their_sizes(tmp_path):
+    def made(**groups):
+        return ax.Loop(Net(), ax.Optimizer("adamw", lr=0.05, **groups), progress=False, directory=tmp_path)
+
+    _, data = rows()
+    made().fit(data, epochs=1, batch_size=8)
+    with pytest.raises(ax.CheckpointError, match="other groups of parameters than the saved one: of 2 and 2 here, of 4 there"):
+        made(no_decay=True).fit(data, epochs=2, batch_size=8, resume=True)
+
+
+@pytest.mark.parametrize("together", [2, 3, 4])
+@pytest.mark.parametrize("step", [1, 3, 4, 6])
+def test_a_last_group_of_small_batches_that_is_smaller(tmp_path, together, step):
+    x = torch.randn(10, 4, 6, generator=torch.Generator().manual_seed(0))
+    batches = [(one, (one.sum(1) > 0).long()) for one in x]
+
+    def stream():
+        yield from batches
+
+    def made(directory=None, stop=None):
+        loop, _ = rows(directory=directory, step=stop)
+        return loop
+
+    whole = made()
+    whole.fit(stream, epochs=2, accumulate=together)
+    made(tmp_path, step).fit(stream, epochs=2, accumulate=together)
+    again = made(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what was read once more
+        again.fit(stream, epochs=2, accumulate=together, resume=True)
+    for one, other in zip(whole.objective.parameters(), again.objective.parameters(), strict=True):
+        assert torch.equal(one, other)
