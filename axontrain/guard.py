@@ -248,10 +248,13 @@ class BufferGuard:
 
     def put_back(self, flag: Tensor) -> None:
         """After the update: where it was skipped, the buffers are again what they were."""
+        found = [(slot, _buffer(slot), before, kept) for slot, (before, kept) in self._before.items()]
+        found = [one for one in found if one[3] is not None or one[1] is not one[2]]
+        if not found:
+            return
         skipped = flag > 0
         with torch.no_grad():
-            for slot, (before, kept) in self._before.items():
-                live = _buffer(slot)
+            for slot, live, before, kept in found:
                 if slot in self._changed and live is not None and kept is not None:
                     changed = (live != kept).any() if live.shape == kept.shape else torch.ones((), device=live.device)
                     self._changed[slot] = torch.maximum(self._changed[slot], changed.float())

@@ -420,17 +420,17 @@ class Loop:
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
         state, algorithm = run.state, self._algorithm(run)
-        caller, left = randomness.capture(), True
+        caller, left = randomness.snapshot(), True
         try:
             for step in algorithm:
-                state.rng, state.drawing = randomness.capture(), False
+                state.rng, state.drawing = randomness.snapshot(), False
                 state.owed = DUE  # who leaves now, or saves, has not had what is due after this step
                 randomness.restore(caller)
                 try:
                     yield step
                     state.owed = []
                 finally:
-                    caller = randomness.capture()
+                    caller = randomness.snapshot()
                     randomness.restore(state.rng)
                     state.drawing = True
             left = False

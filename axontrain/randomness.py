@@ -29,7 +29,11 @@ def derive(seed: int, *parts: int | str) -> int:
 
 def capture() -> dict[str, Any]:
     """The state of every global generator, as tensors and numbers."""
-    live = snapshot()
+    return savable(snapshot())
+
+
+def savable(live: Snapshot) -> dict[str, Any]:
+    """What :func:`snapshot` took, as tensors and numbers."""
     version, words, gauss = live.python
     state: dict[str, Any] = {
         "torch": live.torch,
@@ -49,8 +53,11 @@ def capture() -> dict[str, Any]:
     return state
 
 
-def restore(state: dict[str, Any]) -> None:
-    """Put back what :func:`capture` took."""
+def restore(state: dict[str, Any] | Snapshot) -> None:
+    """Put back what :func:`capture` or :func:`snapshot` took."""
+    if isinstance(state, Snapshot):
+        put_back(state)
+        return
     version, words, gauss = state["python"]
     numpy = None
     if "numpy" in state:

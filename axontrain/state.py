@@ -72,7 +72,9 @@ class LoopState:
         self.epoch_length: int | None = None
         self.meter = train_meter
         self.newest = 0  # the number of the last checkpoint of the directory that this run has written or gone on from
-        self.rng: dict[str, Any] | None = None  # the run's own random stream, and whether it is the global one just now
+        self.rng: dict[str, Any] | randomness.Snapshot | None = (
+            None  # the run's own random stream, and whether it is the global one just now
+        )
         self.drawing = False
         self.buffers: BufferGuard | None = None  # of the steps of the present fit, or by hand
         self.request: Stop | StopEpoch | None = None
@@ -169,7 +171,8 @@ class LoopState:
 
     def live(self) -> dict[str, Any]:
         """The same without a copy: true until training goes on."""
-        rng = randomness.capture() if self.drawing else self.rng
+        rng = randomness.snapshot() if self.drawing else self.rng
+        rng = randomness.savable(rng) if isinstance(rng, randomness.Snapshot) else rng
         of_attached = {name: _state_of(name, part) for name, part in self.attached.items()}
         names = clean_names(self.objective)
         return {

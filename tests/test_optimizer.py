@@ -205,7 +205,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 
 def test_an_algorithm_that_does_not_take_a_parameter_says_how_to_give_it_another():
-    with pytest.raises(ax.OptimizerError, match=r"Muon cannot be made .* give the others a group: groups="):
+    with pytest.raises(ax.OptimizerError, match=r"Muon cannot be made .* Give the others a group: groups="):
         loop_of(ax.Optimizer("muon", lr=0.02))
 
 

@@ -272,7 +272,7 @@ def stream_of(state: LoopState) -> Iterator[None]:
         try:
             yield
         finally:
-            state.rng, state.drawing = randomness.capture(), False
+            state.rng, state.drawing = randomness.snapshot(), False
 
 
 def clear_gradients(module: nn.Module) -> None:
