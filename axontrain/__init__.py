@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from axontrain import averages, data, metrics, schedules
 from axontrain.callback import Callback
-from axontrain.callbacks import Checkpoint, EarlyStopping, Freeze, LearningRate, ProgressBar, ReduceLROnPlateau, Unfreeze
+from axontrain.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    Freeze,
+    LearningRate,
+    ProgressBar,
+    ReduceLROnPlateau,
+    SpikeGuard,
+    Unfreeze,
+)
 from axontrain.checkpoint.weights import load_weights
 from axontrain.clock import Duration, Every
 from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
@@ -83,6 +92,7 @@ __all__ = [
     "ReduceLROnPlateau",
     "Report",
     "Result",
+    "SpikeGuard",
     "SplitError",
     "Step",
     "Stop",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Self
 
 from axontrain.clock import Cadence, Every
@@ -30,6 +31,19 @@ HOOKS = (
 )
 # These belong to the run as a whole: a cadence says nothing about them.
 ALWAYS = ("before_fit", "after_fit", "on_error")
+
+
+class GoBack(Exception):  # noqa: N818  # as StopIteration, it is no error
+    """What a hook raises for the fit to go on from a checkpoint, as if what came after it had not been.
+
+    Args:
+        path: of the checkpoint.
+        then: called once the state is that of the checkpoint.
+    """
+
+    def __init__(self, path: Path, then: Callable[[], None]) -> None:
+        super().__init__(f"back to {path}")
+        self.path, self.then = path, then
 
 
 class Callback:

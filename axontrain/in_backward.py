@@ -40,6 +40,7 @@ class UpdateInBackward(Update):
         self._places: dict[Tensor, Any] = {}
         self._met: set[Tensor] = set()
         self._bad_loss, self._bad = torch.zeros(()), torch.zeros(())
+        self._veto: Tensor | None = None
         self._one_at_a_time = threading.Lock()  # backward has a thread for each device
 
     def begin(self, loss: Tensor) -> None:
@@ -53,6 +54,7 @@ class UpdateInBackward(Update):
         self._set_scheduled_rates()
         self._bad_loss = (~torch.isfinite(loss.detach().reshape(()))).float()
         self._bad = self._bad_loss.clone()
+        self._veto = None if self.veto is None else self.veto.to(self._bad)
         self._met.clear()
         self._places = {
             p: (guard, group) for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]
@@ -69,7 +71,9 @@ class UpdateInBackward(Update):
 
     def update(self, loss: Tensor, terms: Mapping[str, Any]) -> Tensor:
         """Finish what backward has done, as :meth:`Update.update` does."""
-        return self._finished(loss, terms, self._bad) if self._met else self._without_gradients(loss)
+        if not self._met:
+            return self._without_gradients(loss)
+        return self._finished(loss, terms, self._bad, self._bad if self._veto is None else torch.maximum(self._bad, self._veto))
 
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
@@ -93,7 +97,7 @@ class UpdateInBackward(Update):
             self._bad.copy_(torch.maximum(self._bad, bad.to(self._bad.device)))
             if self.spec.clip_value is not None:
                 values.clamp_(-self.spec.clip_value, self.spec.clip_value)
-            guard.step_alone(parameter, group, bad)
+            guard.step_alone(parameter, group, bad if self._veto is None else torch.maximum(bad, self._veto.to(bad.device)))
             parameter.grad = None
 
 

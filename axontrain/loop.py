@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from axontrain import callback, checkpoint, in_backward, randomness
-from axontrain.callback import HOOKS, Callback, FunctionCallback, Hook
+from axontrain.callback import HOOKS, Callback, FunctionCallback, GoBack, Hook
 from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
 from axontrain.data.stream import DEFAULT_BATCH_SIZE
@@ -168,15 +168,20 @@ class Loop:
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
         """
         reject(others, Loop.fit)
-        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
-        try:
-            deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
-        except Exception:
-            if not run.terminated:
-                raise
-            traceback.print_exc()  # the program ends, as it was asked to, whoever would have caught this
-            raise SystemExit(TERMINATED) from None
-        return run.result()
+        fit = (train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit)
+        run = self._run(*fit, resume)
+        while True:
+            try:
+                deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
+            except GoBack as back:
+                run = self._back(back, run, fit)
+            except Exception:
+                if not run.terminated:
+                    raise
+                traceback.print_exc()  # the program ends, as it was asked to, whoever would have caught this
+                raise SystemExit(TERMINATED) from None
+            else:
+                return run.result()
 
     def steps(
         self,
@@ -199,8 +204,8 @@ class Loop:
         It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
         """
         reject(others, Loop.steps)
-        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
-        return self._stepping(run)
+        fit = (train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit)
+        return self._stepping(self._run(*fit, resume), fit)
 
     def _algorithm(self, run: Run) -> Iterator[Step]:
         """Train: the one algorithm that ``fit`` and ``steps`` run."""
@@ -417,23 +422,36 @@ class Loop:
     def _run(self, *fit: Any) -> Run:
         return self._start.run(self.callbacks, self.progress, *fit)
 
-    def _stepping(self, run: Run) -> Iterator[Step]:
+    def _back(self, back: GoBack, run: Run, fit: tuple[Any, ...]) -> Run:
+        """A hook has asked to go on from a checkpoint."""
+        self.restore(back.path)
+        back.then()
+        again = self._run(*fit, True)
+        again.interrupt, again.terminated = run.interrupt, run.terminated  # if a signal came meanwhile
+        return again
+
+    def _stepping(self, run: Run, fit: tuple[Any, ...]) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
         state, algorithm = run.state, self._algorithm(run)
         caller, left = randomness.snapshot(), True
         try:
-            for step in algorithm:
-                state.rng, state.drawing = randomness.snapshot(), False
-                state.owed = DUE  # who leaves now, or saves, has not had what is due after this step
-                randomness.restore(caller)
+            while left:
                 try:
-                    yield step
-                    state.owed = []
-                finally:
-                    caller = randomness.snapshot()
-                    randomness.restore(state.rng)
-                    state.drawing = True
-            left = False
+                    for step in algorithm:
+                        state.rng, state.drawing = randomness.snapshot(), False
+                        state.owed = DUE  # who leaves now, or saves, has not had what is due after this step
+                        randomness.restore(caller)
+                        try:
+                            yield step
+                            state.owed = []
+                        finally:
+                            caller = randomness.snapshot()
+                            randomness.restore(state.rng)
+                            state.drawing = True
+                    left = False
+                except GoBack as back:
+                    run = self._back(back, run, fit)
+                    algorithm = self._algorithm(run)
         except SystemExit:
             left = False
             raise

@@ -51,6 +51,7 @@ class LoopState:
         history: all readings.
         status: "ready", "running", "completed", "stopped", "interrupted" or "failed".
         last: the last Step; its loss and predictions are on the device.
+        loss: in ``after_backward``, what backward was run on: a scalar on the device, unscaled.
         error: in ``on_error``, what was raised.
         validates: whether the present fit has validation data.
         resumed: whether the present fit goes on inside an earlier one's plan.
@@ -66,6 +67,8 @@ class LoopState:
         self.history = History()
         self.status = "ready"
         self.last: Step | None = None
+        self.loss: Tensor | None = None
+        self.vetoed = False  # whether somebody has asked for the step in hand to be skipped
         self.error: BaseException | None = None
         self.seed = seed
         self.plan: Plan | None = None
@@ -127,6 +130,22 @@ class LoopState:
             optimizer.read()
         if self.buffers is not None:
             self.buffers.settle()
+
+    def skip(self, flag: Tensor) -> None:
+        """Leave out the updates of the step in hand where ``flag``, a scalar tensor on any device, is above 0.
+
+        Nothing waits for the device. For hooks before the update: ``before_batch``, ``after_backward``.
+        """
+        self.vetoed = True
+        for optimizer in self.optimizers.values():
+            veto = flag.detach().reshape(()).to(torch.float32).clamp(0.0, 1.0).ceil()
+            optimizer.veto = veto if optimizer.veto is None else torch.maximum(optimizer.veto, veto.to(optimizer.veto.device))
+
+    def end_vetoes(self) -> None:
+        """The step is done: what was wanted of it is not of the next."""
+        self.vetoed = False
+        for optimizer in self.optimizers.values():
+            optimizer.veto = None
 
     def record(self, readings: Mapping[str, Any]) -> None:
         """Add readings of your own, at the present step: to ``values`` and to the history."""

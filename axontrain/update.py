@@ -9,7 +9,7 @@ import builtins
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ MOST_PENDING = 1024
 HALVINGS = 20
 # Options of torch's optimizers that say which kernel computes, and not what.
 KERNEL = ("fused", "foreach", "capturable", "differentiable")
+
+
+class Done(NamedTuple):
+    """An update of which nothing was read yet: its step, its flags, and what is told of it."""
+
+    step: int
+    not_finite: Tensor
+    skipped: Tensor
+    loss: Tensor
+    terms: Mapping[str, Any]
 
 
 class Update:
@@ -67,6 +77,8 @@ class Update:
         self._kept = [*self.optimizers, *(one for optimizer in self.optimizers for one in self._inner(optimizer))]
         self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
+        self.not_finite: Tensor | None = None  # of the last update: above 0 if it was that which it was skipped for
+        self.veto: Tensor | None = None  # of the step in hand: above 0 if somebody wants it skipped, whatever it is
         self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
@@ -76,7 +88,7 @@ class Update:
         self.bad_losses = 0  # so many in a row, where losses are scaled
         self.clock: Clock | None = None
         self.scaled = False  # whether losses are scaled: then gradients overflow now and then, and nothing is wrong
-        self._pending: list[tuple[int, Tensor, Tensor, Mapping[str, Any]]] = []
+        self._pending: list[Done] = []
         self._ones: dict[torch.device, Tensor] = {}
         # Of the gradients that are there: whether one kernel can look through them all, and whether any is sparse.
         self._looked_at: list[bool] = []
@@ -139,14 +151,16 @@ class Update:
             raise self._error(loss, terms)
         self._clip(gradients, norm)
         self._set_scheduled_rates()
+        skip = flag if self.veto is None else torch.maximum(flag, self.veto.to(flag))
         if spec.closure:
-            flag = self._evaluated(flag, loss)
+            found = self._evaluated(skip, loss)
+            flag, skip = (found, found) if found is not skip else (flag, skip)
         else:
             for guard in self._guards:
-                guard.step(flag)
+                guard.step(skip)
         for parameter in self.tensors:
             parameter.grad = None
-        return self._finished(loss, terms, flag)
+        return self._finished(loss, terms, flag, skip)
 
     def look(self, loss: Tensor, terms: Mapping[str, Any]) -> None:
         """Raise at once where the update would not be finite, at the cost of a host read; nothing is changed.
@@ -167,17 +181,18 @@ class Update:
             self._look_at(gradients, loss)
         return self._coalesced() if self._sparse else gradients
 
-    def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> Tensor:
+    def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor, skip: Tensor) -> Tensor:
         if self._schedulers:
             self._step_schedulers()
-        self._pending.append((self._number(), flag, loss, terms))
+        self._pending.append(Done(self._number(), flag, skip, loss, terms))
         self.steps += 1
-        self.flag = flag
-        return flag
+        self.flag, self.not_finite = skip, flag
+        return skip
 
     def _without_gradients(self, loss: Tensor) -> Tensor:
         if any(p.requires_grad for p in self.tensors):
             raise LossError(f"no parameter of the optimizer {self.name!r} has a gradient: the loss does not depend on them")
+        self.not_finite = None
         return torch.zeros((), device=loss.device)  # all frozen for now: nothing to do until they are thawed
 
     def _number(self) -> int:
@@ -227,9 +242,9 @@ class Update:
             NonFiniteError: after ``patience`` in a row.
         """
         flags = self._flags()
+        self.skipped += self._skips(flags)
         pending, self._pending = self._pending, []
         skipped, self.in_a_row, longest = _counted(flags, self.in_a_row)
-        self.skipped += skipped
         if not skipped:
             self.bad_losses = 0
             return
@@ -237,20 +252,20 @@ class Update:
         if self.scaled and longest >= patience + HALVINGS:
             halvings = f" after {HALVINGS} halvings of the loss scale"
         elif self.scaled:  # gradients overflow until the scale is right, and nothing is wrong; a loss is not scaled yet
-            flags = [float(flag and not math.isfinite(float(entry[2]))) for flag, entry in zip(flags, pending, strict=True)]
+            flags = [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, pending, strict=True)]
             skipped, self.bad_losses, longest = _counted(flags, self.bad_losses)
             if not skipped:
                 return
-        left_out = [entry for flag, entry in zip(flags, pending, strict=True) if flag]
-        told = "; ".join(f"step {step}: {_terms(loss, terms)}" for step, _, loss, terms in left_out[:4])
-        more = f"; ... step {left_out[-1][0]}" if skipped > 4 else ""
+        left_out = [done for flag, done in zip(flags, pending, strict=True) if flag]
+        told = "; ".join(f"step {done.step}: {_terms(done.loss, done.terms)}" for done in left_out[:4])
+        more = f"; ... step {left_out[-1].step}" if skipped > 4 else ""
         many, were = ("1 update", "was") if skipped == 1 else (f"{skipped} updates", "were")
         message = f"{many} of the optimizer {self.name!r} {were} skipped as not finite ({told}{more})"
         if longest >= patience:
             raise NonFiniteError(
                 f"{message}; {longest} in a row, patience={patience}{halvings}. The weights are those from before. Lower "
                 f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first.",
-                [step for step, *_ in left_out],
+                [done.step for done in left_out],
             )
         warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)
 
@@ -297,8 +312,8 @@ class Update:
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
         flags = self._flags()
-        skipped, in_a_row, _ = _counted(flags, self.in_a_row)
-        bad = [float(flag and not math.isfinite(float(e[2]))) for flag, e in zip(flags, self._pending, strict=True)]
+        in_a_row = _counted(flags, self.in_a_row)[1]
+        bad = [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, self._pending, strict=True)]
         return {
             "optimizers": [self._part_state(optimizer) for optimizer in self._kept],
             "schedulers": [
@@ -306,7 +321,7 @@ class Update:
             ],
             "scale": self.scale,
             "unscaled": list(self._unscaled),
-            "skipped": self.skipped + skipped,
+            "skipped": self.skipped + self._skips(flags),
             "in_a_row": in_a_row,
             "bad_losses": _counted(bad, self.bad_losses)[1] if self.scaled else 0,
             "average": None if self.average is None else self.average.state_dict(),
@@ -463,7 +478,14 @@ class Update:
                 _set_rate(group, rate * self.scale)
 
     def _flags(self) -> list[float]:
-        return torch.stack([flag for _, flag, _, _ in self._pending]).tolist() if self._pending else []
+        return torch.stack([done.not_finite for done in self._pending]).tolist() if self._pending else []
+
+    def _skips(self, flags: list[float]) -> int:
+        """How many of those that wait were skipped, for whatever reason."""
+        vetoed = [done.skipped for done in self._pending if done.skipped is not done.not_finite]
+        of_vetoed = iter(torch.stack(vetoed).tolist() if vetoed else [])
+        both = zip(flags, self._pending, strict=True)
+        return sum(bool(flag if done.skipped is done.not_finite else next(of_vetoed)) for flag, done in both)
 
     def _look_at(self, gradients: list[Tensor], loss: Tensor) -> None:
         self._sparse = any(g.is_sparse for g in gradients)

@@ -42,6 +42,7 @@ EXPORTED = [
     "ReduceLROnPlateau",
     "Report",
     "Result",
+    "SpikeGuard",
     "SplitError",
     "Step",
     "Stop",

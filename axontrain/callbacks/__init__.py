@@ -6,5 +6,15 @@ from axontrain.callbacks.freezing import Freeze, Unfreeze
 from axontrain.callbacks.learning_rate import LearningRate
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.callbacks.reduce_lr import ReduceLROnPlateau
+from axontrain.callbacks.spikes import SpikeGuard
 
-__all__ = ["Checkpoint", "EarlyStopping", "Freeze", "LearningRate", "ProgressBar", "ReduceLROnPlateau", "Unfreeze"]
+__all__ = [
+    "Checkpoint",
+    "EarlyStopping",
+    "Freeze",
+    "LearningRate",
+    "ProgressBar",
+    "ReduceLROnPlateau",
+    "SpikeGuard",
+    "Unfreeze",
+]

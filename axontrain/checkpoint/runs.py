@@ -266,6 +266,11 @@ def looked_at_best(there: list[Entry], good: list[str], keep: Keep, verified: Co
             there[there.index(entry)] = seen
 
 
+def verified(entry: Entry) -> bool:
+    """Whether a checkpoint is good: it is read whole."""
+    return not entry.problem and not _read_whole(entry).problem
+
+
 def _read_whole(entry: Entry) -> Entry:
     try:
         files.verify(entry.path)

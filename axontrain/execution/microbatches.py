@@ -27,6 +27,7 @@ from axontrain.execution.precision import Precision, Scaler
 from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
 from axontrain.objective import Accumulated, Objective, Step, TaskBatch, batch_size
 from axontrain.state import LoopState
+from axontrain.update import Update
 
 AUTO = "auto"
 # Steps after which a size that was too large once is tried again; each time that it fails, twice as many.
@@ -160,8 +161,9 @@ class OneLossInParts(OneLoss):
             self.buffers.keep()
         step = self._accumulated(batch) if self.retry is None else self.retry(self._accumulated, batch)
         step = self.finished(step)
-        if self.scaler is not None and step.skipped is not None:
-            self.scaler.update(step.skipped)
+        if self.scaler is not None and self.updating:
+            flags = [flag for one in self.state.optimizers.values() if (flag := one.not_finite) is not None]
+            self.scaler.update(torch.stack(flags).amax() if flags else torch.zeros_like(self.scaler.scale))
         return step
 
     def _accumulated(self, batch: Any) -> Step:
@@ -199,6 +201,7 @@ class SeveralLossesInParts(SeveralLosses):
     ) -> None:
         super().__init__(objective, state, after_backward, precision)
         self.cut, self.scaler, self.keeps_predictions = cut, scaler, keeps_predictions
+        self.overflowed: Tensor | None = None  # above 0 if an update of the step was not finite
 
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
@@ -228,17 +231,26 @@ class SeveralLossesInParts(SeveralLosses):
                     told.append((Step(loss.detach(), weight=weight, values=values), 1))
                     del found, loss, terms
             sums.finish()
-            if self.after_backward is not None:
-                self.after_backward(self.state)
             step = merged(told)
+            if self.after_backward is not None:
+                self.state.loss = step.loss
+                self.after_backward(self.state)
             skipped = self.updated(update, step.loss, step.values, skipped)
             for name, value in {f"{update.name}_loss": step.loss, **step.values}.items():
                 losses.setdefault(name, []).append(value)  # type: ignore[arg-type]  # merged values are tensors
         total = sum(weights[1:], weights[0])
         step = self.step_of(total, losses, self._returned(ends, parts))
-        if self.scaler is not None and skipped is not None:
-            self.scaler.update(skipped)
+        if self.scaler is not None and self.overflowed is not None:
+            self.scaler.update(self.overflowed)
+            self.overflowed = None
         return self.finished(step, skipped)
+
+    def updated(self, update: Update, loss: Tensor, terms: Mapping[str, Any], skipped: Tensor | None) -> Tensor:
+        """The same; and whether it was the scale that was too large."""
+        skipped = super().updated(update, loss, terms, skipped)
+        if (flag := update.not_finite) is not None:
+            self.overflowed = flag if self.overflowed is None else torch.maximum(self.overflowed, flag)
+        return skipped
 
     def _next(self, generator: Any) -> Any:
         try:

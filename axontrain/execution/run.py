@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from axontrain import randomness
-from axontrain.callback import Hooks, Saver
+from axontrain.callback import GoBack, Hooks, Saver
 from axontrain.clock import Cadence, Plan
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteError, WorkerError
@@ -214,6 +214,9 @@ def session(run: Run) -> Iterator[None]:
             raise
         except BaseException as error:
             state.status, state.error = "failed", error
+            if isinstance(error, GoBack):  # no error of the run: it goes on from there
+                state.status, state.error = "stopped", None
+                raise
             within = run.batch is not None and state.last is None  # from the forward pass to the update
             state.half_done = within or (not isinstance(error, Exception) and EVALUATE not in state.owed)
             note(error, where(run), run.batch, state.objective)

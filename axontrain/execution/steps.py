@@ -52,9 +52,17 @@ class OneLoss:
     def finished(self, step: Step) -> Step:
         """After backward: the hook, the updates, and the buffers of a step that was skipped."""
         if self.after_backward is not None:
+            self.state.loss = step.loss
             self.after_backward(self.state)
         if not self.updating:
             return step
+        try:
+            return self._updated(step)
+        finally:
+            if self.state.vetoed:
+                self.state.end_vetoes()
+
+    def _updated(self, step: Step) -> Step:
         loss = step.loss
         try:
             for look in self.looks:  # before any of them updates
@@ -99,6 +107,7 @@ class SeveralLosses:
             if inputs := [p for p in update.tensors if p.requires_grad]:  # else all are frozen for now
                 loss.backward(inputs=inputs)  # type: ignore[no-untyped-call]
             if self.after_backward is not None:
+                self.state.loss = loss.detach()
                 self.after_backward(self.state)
             skipped = self.updated(update, loss.detach(), terms, skipped)
             for name, value in {f"{update.name}_loss": loss, **terms}.items():
@@ -121,6 +130,8 @@ class SeveralLosses:
         step.skipped = skipped
         if self.buffers is not None and skipped is not None:
             self.buffers.put_back(skipped)
+        if self.state.vetoed:
+            self.state.end_vetoes()
         return step
 
     def taken(self, yielded: Any) -> tuple[Update, Tensor, Mapping[str, Tensor]]:
