@@ -20,6 +20,8 @@ from torch import Tensor
 from axontrain import display
 from axontrain.errors import AxonWarning, ConfigurationError, unknown
 
+PRECISION = "precision"
+ABOUT = (*display.COUNTERS, PRECISION)  # names in a row that are no readings
 PACKED = 4096  # rows of a history
 MOST_EARLY = 10_000_000  # values of its earlier rows: each takes many times its bytes once it is in a row again
 _UNFOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor is a pipe waited for
@@ -27,6 +29,8 @@ _UNFOLLOWED = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor
 
 class History:
     """The readings of a run: one row for each step at which something was read.
+
+    A row that was read in another precision than "fp32" has it, under "precision".
 
     Args:
         path: a file of JSON lines that each reading is appended to; a later line for a step adds to the earlier.
@@ -41,6 +45,7 @@ class History:
     def __init__(self, path: Path | None = None) -> None:
         self.rows: list[dict[str, Any]] = []
         self.path = path
+        self.precision = "fp32"
         self.guard: Callable[[], None] | None = None  # asked before the file is written: raises where it may not be
         self._behind = False  # whether the file lacks rows
         # A row that is there only because a fit ended within an epoch: what it was before, and None if there was none.
@@ -49,6 +54,8 @@ class History:
 
     def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
         """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
+        if self.precision != "fp32":
+            readings = {PRECISION: self.precision, **readings}
         if partial:
             row = dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None
             self.partial = {"row": row, "names": sorted(readings)}
@@ -144,7 +151,7 @@ class History:
     @property
     def columns(self) -> list[str]:
         """The names of the readings."""
-        return list({name: None for row in self.rows for name in row if name not in display.COUNTERS})
+        return list({name: None for row in self.rows for name in row if name not in ABOUT})
 
     def best(self, name: str, mode: str = "min") -> dict[str, Any]:
         """The row whose reading ``name`` is the lowest (``mode="min"``) or highest (``"max"``); never one that is NaN."""

@@ -114,6 +114,7 @@ class Loop:
         }
         following = int(torch.randint(2**62, ())) if seed is None else seed
         self.state = LoopState(objective, bound, following, Meter(self.metrics))
+        self.state.history.precision = precision
         for update in bound.values():
             update.clock = self.state
         if self.directory is not None:

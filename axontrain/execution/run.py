@@ -18,6 +18,7 @@ from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteError, WorkerError
 from axontrain.execution import modes
 from axontrain.execution.blame import note_origin, note_samples
+from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.notes import note
 from axontrain.execution.precision import Precision
 from axontrain.execution.signals import SIGTERM, TERMINATED, interruptible
@@ -220,6 +221,8 @@ def session(run: Run) -> Iterator[None]:
             within = run.batch is not None and state.last is None  # from the forward pass to the update
             state.half_done = within or (not isinstance(error, Exception) and EVALUATE not in state.owed)
             note(error, where(run), run.batch, state.objective)
+            if out_of_memory(error) and state.setup.get("microbatch") != "auto":  # which has said what it tried
+                error.add_note(_smaller(state.setup.get("microbatch")))
             if isinstance(error, NonFiniteError):
                 note_samples(error, state, run.train)
                 note_origin(error, state, run.train, run.batch, run.precision)
@@ -242,6 +245,14 @@ def session(run: Run) -> Iterator[None]:
                 state.request, state.plan, state.resumed = None, None, False
                 for saver in run.savers:
                     saver.close(state)
+
+
+def _smaller(microbatch: int | None) -> str:
+    than = "" if microbatch is None else f" than the {microbatch} of now"
+    return (
+        f"out of memory: fit(..., microbatch=...) computes a batch in parts of fewer samples{than}, with the same gradient to "
+        f"rounding; 'auto' finds how many fit"
+    )
 
 
 def ask(run: Run, reason: str) -> None:

@@ -452,6 +452,15 @@ def test_what_was_found_is_saved(tmp_path):
     assert loop.objective.asked == [16, 16, 16, 16, 6]
 
 
+@pytest.mark.parametrize(
+    ("fit", "than"), [({}, "fewer samples, with"), ({"microbatch": 20}, "fewer samples than the 20 of now")]
+)
+def test_when_memory_runs_out_microbatches_are_offered(fit, than):
+    with pytest.raises(RuntimeError, match="allocate") as caught:
+        hungry(10, epochs=1, **fit)
+    assert any(than in note and "'auto' finds how many fit" in note for note in caught.value.__notes__)
+
+
 def test_a_single_sample_that_does_not_fit_is_an_error():
     with pytest.warns(ax.AxonWarning), pytest.raises(RuntimeError, match="allocate") as caught:
         hungry(0, epochs=1, microbatch="auto")

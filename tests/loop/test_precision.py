@@ -1,5 +1,6 @@
 """Each precision computes in what it says, is never changed silently, and goes on bit for bit."""
 
+import json
 import warnings
 
 import numpy as np
@@ -292,3 +293,18 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_its_scale(precision, patience
     again.restore(other.save())
     with pytest.raises(ax.NonFiniteError, match=f"{patience} in a row"):
         again.fit([batch], epochs=1)
+
+
+def test_the_history_says_in_which_precision_it_was_read(tmp_path):
+    directory = tmp_path / "run"
+    for precision, epochs in (("fp32", 1), ("bf16", 2), ("fp32", 3)):
+        loop = made(precision, directory=directory)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = loop.fit(table(), table(16, 1), epochs=epochs, batch_size=16, resume=True)
+        assert [str(one.message) for one in caught if "the precision: it was" in str(one.message)] or epochs == 1
+    assert [row.get("precision") for row in result.history.rows] == [None, "bf16", None]
+    assert "precision" not in result.history.columns
+    lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    assert [line.get("precision") for line in lines] == [None, "bf16", None]
+    assert "precision" not in str(result.history)
