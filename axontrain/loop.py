@@ -58,7 +58,7 @@ class Loop:
         device: "auto" takes a GPU where there is one.
         strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
             one of samples rather than of batches.
-        precision: "fp32", "tf32", "bf16", "fp16", "bf16-true" or "fp64": see :mod:`axontrain.execution.precision`.
+        precision: "fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64" or "fp8": see :mod:`axontrain.execution.precision`.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 

@@ -11,6 +11,8 @@ bf16     as they are          under ``torch.autocast``: matrix products and conv
 fp16     as they are          the same in float16, with the loss scaled so that small gradients do not vanish
 bf16-true bfloat16            all of it, batches too; half the memory, and updates below 1/256 of a weight are lost
 fp64     float64              all of it, batches too
+fp8      as they are          as bf16, and linear layers whose sizes are multiples of 16 in float8 (the extra ``fp8``;
+                              GPUs from Ada on, elsewhere it is emulated): worth it for large layers that are compiled
 ======== ==================== =================================================================================
 
 In all of them readings are summed in float64. Predictions of ``Loop.predict`` are float32 under autocast.
@@ -27,10 +29,11 @@ from torch import Tensor, nn
 
 from axontrain.data.structure import mapped
 from axontrain.errors import ConfigurationError, unknown, warn
+from axontrain.execution.float8 import to_float8
 from axontrain.objective import Objective
 
-NAMES = ("fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64")
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = ("fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64", "fp8")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 TRUE = {"bf16-true": torch.bfloat16, "fp64": torch.float64}
 
 # Of torch's GradScaler (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
@@ -61,7 +64,7 @@ class Precision:
         self.dtype: torch.dtype | None = TRUE.get(name)  # of parameters and batches
         if (
             device.type == "cuda"
-            and name in ("bf16", "bf16-true")
+            and name in ("bf16", "bf16-true", "fp8")
             and not torch.cuda.is_bf16_supported(including_emulation=False)
         ):
             raise ConfigurationError(f"precision={name!r}: {torch.cuda.get_device_name(device)} has no bfloat16; 'fp16' it has")
@@ -74,7 +77,9 @@ class Precision:
         return f"Precision({self.name!r})"
 
     def taken(self, objective: Objective) -> Objective:
-        """The objective with its floating-point parameters and buffers in this precision."""
+        """The objective with its floating-point parameters and buffers, or its linear layers, in this precision."""
+        if self.name == "fp8":
+            to_float8(objective, self.device)
         if self.dtype is None:
             return objective
         named = (*objective.named_parameters(), *objective.named_buffers())

@@ -1,6 +1,7 @@
 """Each precision computes in what it says, is never changed silently, and goes on bit for bit."""
 
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -308,3 +309,84 @@ def test_the_history_says_in_which_precision_it_was_read(tmp_path):
     lines = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     assert [line.get("precision") for line in lines] == [None, "bf16", None]
     assert "precision" not in str(result.history)
+
+
+def in_float8(directory=None, *, start=0, stop=None, sizes=(16, 32, 16), **options):
+    torch.manual_seed(start)
+    first, second, third = sizes
+    net = nn.Sequential(
+        nn.Linear(first, second), nn.LayerNorm(second), nn.ReLU(), nn.Linear(second, third), nn.Linear(third, 2)
+    )
+    with pytest.warns(UserWarning, match="precision='fp8': this device has no float8, which is emulated"):
+        loop = ax.Loop(
+            ax.Supervised(net, "cross_entropy", metrics=["accuracy"]),
+            ax.Optimizer("adamw", lr=0.01, **options),
+            precision="fp8",
+            device="cpu",
+            progress=False,
+            directory=directory,
+        )
+    if stop is not None:
+        loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == stop else None)
+    return loop
+
+
+def wide(n=64, seed=0):
+    x = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+    return ax.ArrayDataset(x, (x.sum(1) > 0).long())
+
+
+def test_in_float8_it_learns_and_its_weights_are_those_of_any_precision(tmp_path):
+    pytest.importorskip("torchao")
+    loop = in_float8()
+    before = dict(loop.objective.named_parameters())
+    result = loop.fit(wide(), wide(32, 1), epochs=8, batch_size=24)
+    assert result.values["val/accuracy"] > 0.7
+    assert [type(part).__name__ for part in loop.objective.model] == [
+        "Float8Linear",
+        "LayerNorm",
+        "ReLU",
+        "Float8Linear",
+        "Linear",
+    ]
+    assert dict(loop.objective.named_parameters()) == before
+    assert {p.dtype for p in before.values()} == {torch.float32}
+    assert loop.check(wide()).problems == []
+    other = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 16), nn.Linear(16, 2))
+    ax.load_weights(other, loop.save(tmp_path / "state"), prefix="model.")
+    assert torch.equal(other[0].weight, loop.objective.model[0].weight)
+    torch.testing.assert_close(loop.predict(wide(8)), other(wide(8).tensors[0]), rtol=0.1, atol=0.2)
+    assert not torch.allclose(loop.predict(wide(8)), other(wide(8).tensors[0]), rtol=1e-4, atol=1e-4), "it rounds"
+
+
+@pytest.mark.parametrize("step", [3, 6, 10])
+@pytest.mark.parametrize("options", [{}, {"average": "ema", "clip_norm": 1.0}], ids=["plain", "average"])
+def test_in_float8_a_run_goes_on_bitwise(tmp_path, step, options):
+    pytest.importorskip("torchao")
+    whole, broken = in_float8(**options), in_float8(tmp_path, stop=step, **options)
+    again = in_float8(tmp_path, start=1, **options)
+    whole.fit(wide(), epochs=3, batch_size=16)
+    broken.fit(wide(), epochs=3, batch_size=16)
+    again.fit(wide(), epochs=3, batch_size=16, resume=True)
+    for (name, one), other in zip(whole.objective.state_dict().items(), again.objective.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_in_float8_what_is_not_finite_is_skipped_and_found():
+    pytest.importorskip("torchao")
+    loop = in_float8(patience=2)
+    bad = (torch.full((8, 16), float("nan")), torch.zeros(8, dtype=torch.long))
+    before = {name: p.clone() for name, p in loop.objective.named_parameters()}
+    with pytest.raises(ax.NonFiniteError, match="2 in a row") as caught:
+        loop.fit([bad, bad], epochs=1)
+    assert all(torch.equal(before[name], p) for name, p in loop.objective.named_parameters())
+    assert any("the batch" in note for note in caught.value.__notes__)
+
+
+def test_in_float8_without_a_layer_that_fits_is_refused(monkeypatch):
+    with pytest.raises(ax.ConfigurationError, match=r"multiples of 16, and there is none: .*net\.0 \(6 to 16\)"):
+        ax.Loop(Seen(), ax.Optimizer("sgd", lr=0.1), precision="fp8", progress=False)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ax.MissingExtraError, match=r"precision='fp8' needs torchao.*axontrain\[fp8\]"):
+        ax.Loop(ax.Supervised(nn.Linear(16, 16), "mse"), ax.Optimizer("sgd", lr=0.1), precision="fp8", progress=False)
