@@ -609,7 +609,8 @@ def _norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """The norm over all gradients, without a host read."""
     dense = [g._values() if g.is_sparse else g for g in gradients]
     norms = torch._foreach_norm(dense) if on_one_device(dense) else [g.norm().to(device) for g in dense]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(torch.float32) for n in norms]))
+    dtype = torch.float64 if norms[0].dtype is torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in norms]))
     return norm
 
 
