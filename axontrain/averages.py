@@ -45,13 +45,16 @@ class EMA:
         warming = (1 + folds) / (10 + folds)
         return 1 - (warming.clamp_max(decay) if isinstance(warming, Tensor) else min(decay, warming))
 
-    def warms(self, samples: int, folds: int) -> bool:
-        """Whether it has to be known which of so many steps were skipped, to tell the share.
+    def warms(self, folds: int) -> bool:
+        """Whether it has to be known how many of so many steps were skipped, to tell the share.
 
-        Up to twice the length of the warm-up: where half of them were skipped, the last of it is given up.
+        Up to twice the length of the warm-up: where half of them were skipped, the last of it is given up. Where the decay is
+        by samples, it is as long as the smallest batch wants, which nobody knows.
         """
-        decay = self._decay(samples)
-        return self.warmup and folds < 2 * (10 * decay - 1) / (1 - decay) + 64
+        if not self.warmup or (self.over is not None and self.over.unit == "samples"):
+            return self.warmup
+        decay = self._decay(1)
+        return folds < 2 * (10 * decay - 1) / (1 - decay) + 64
 
     def _decay(self, samples: int) -> float:
         if self.decay is not None:
@@ -195,7 +198,7 @@ class Average:
         """After a step of so many samples; it counts only where ``flag`` is 0."""
         if not isinstance(self.spec, EMA):
             return
-        if not self.spec.warms(samples, self.folds):
+        if not self.spec.warms(self.folds):
             self._fold(self.spec.share(samples, self.folds), flag)
             return
         if self.counted is None:

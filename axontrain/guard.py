@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from axontrain.errors import ConfigurationError
@@ -211,21 +212,25 @@ class Kept:
 class BufferGuard:
     """Puts back the buffers of a module (BatchNorm's running means) after a skipped update.
 
-    Large buffers that no step was seen to change, as a causal mask, are not kept: they cost nothing. Small ones and those of
-    normalisation layers always are. A change is seen by the tensor's version or by another tensor in its place; one that is
-    written through ``.data``, which has no version, by a look at the numbers, taken until :meth:`settle` is first called.
+    Each buffer is copied. Of large ones, as a causal mask, the copy is made anew only where the buffer's version, or the tensor
+    in its place, has changed: then they cost memory, and no time. What is written through ``.data`` has no version; buffers
+    that a step is seen to change so, until :meth:`settle` is first called, are copied each time too, as small ones and those
+    of normalisation layers are, whose kernels count no version either.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._always: list[Slot] = []
-        self._watched: dict[Slot, tuple[Tensor | None, int]] = {}  # the tensor and its version as of the last step
-        self._changed: dict[Slot, Tensor] = {}  # of large ones, for as long as they are looked at: above 0 if a step changed it
-        self._before: dict[Slot, tuple[Tensor | None, Tensor | None]] = {}  # before a step: the tensor, and a copy of it
+        self._copies: dict[Slot, Copy] = {}
+        self._unseen: dict[Slot, Tensor | None] = {}  # large ones, until settled: above 0 if one was changed without a version
         for owner in module.modules():
             for name, value in owner._buffers.items():
-                self._always.append((owner, name))
-                if value is not None and not isinstance(owner, _NormBase) and value.numel() > SMALL_BUFFER:
-                    self._changed[(owner, name)] = torch.zeros((), device=value.device)
+                self._copies[owner, name] = Copy(each_time=True)
+                if (
+                    value is not None
+                    and not is_lazy(value)
+                    and not isinstance(owner, _NormBase)
+                    and value.numel() > SMALL_BUFFER
+                ):
+                    self._unseen[owner, name] = None
 
     @classmethod
     def of(cls, module: nn.Module) -> BufferGuard | None:
@@ -234,56 +239,88 @@ class BufferGuard:
 
     def keep(self) -> None:
         """Before the forward pass."""
-        self._before = {}
-        for slot in self._always:
-            live = _buffer(slot)
-            self._before[slot] = live, None if live is None else live.clone()
-        for slot, (last, version) in self._watched.items():
-            live = _buffer(slot)
-            if live is last and (live is None or live._version == version):
-                self._before[slot] = live, None  # if it is another tensor afterwards, this one is as it was
-            else:
-                self._before[slot] = live, None if live is None else live.clone()
-                self._watched[slot] = live, 0 if live is None else live._version
+        for slot, kept in self._copies.items():
+            kept.take(_buffer(slot))
 
     def put_back(self, flag: Tensor) -> None:
         """After the update: where it was skipped, the buffers are again what they were."""
-        found = [(slot, _buffer(slot), before, kept) for slot, (before, kept) in self._before.items()]
-        found = [one for one in found if one[3] is not None or one[1] is not one[2]]
-        if not found:
-            return
-        skipped = flag > 0
+        skipped = None
         with torch.no_grad():
-            for slot, live, before, kept in found:
-                if slot in self._changed and live is not None and kept is not None:
-                    changed = (live != kept).any() if live.shape == kept.shape else torch.ones((), device=live.device)
-                    self._changed[slot] = torch.maximum(self._changed[slot], changed.float())
-                if slot in self._watched and live is before and live is not None and live._version == self._watched[slot][1]:
-                    continue  # the step left it alone
-                if live is not before:
-                    self._replaced(slot, live, before if kept is None else kept, skipped)
-                elif live is not None and kept is not None:
-                    live.copy_(torch.where(skipped.to(live.device), kept, live))
+            for slot, kept in self._copies.items():
+                live = _buffer(slot)
+                if live is kept.of and kept.seen and kept.is_of_now():
+                    if not kept.each_time or live is None or not kept.dense:
+                        continue  # the step left it alone
+                    if slot in self._unseen:
+                        changed = torch.ne(live, kept.held).any().float()  # type: ignore[arg-type]  # a dense one is held
+                        before = self._unseen[slot]
+                        self._unseen[slot] = changed if before is None else torch.maximum(before, changed)
+                skipped = flag > 0 if skipped is None else skipped
+                self._restore(slot, live, kept, skipped)
 
-    def _replaced(self, slot: Slot, live: Tensor | None, kept: Tensor | None, skipped: Tensor) -> None:
+    def _restore(self, slot: Slot, live: Tensor | None, kept: Copy, skipped: Tensor) -> None:
         owner, name = slot
-        if live is not None and kept is not None and live.shape == kept.shape and live.dtype == kept.dtype:
-            live.copy_(torch.where(skipped.to(live.device), kept, live))
-        elif skipped.item():  # it was made, dropped, or grew
-            owner._buffers[name] = kept
+        held = kept.held if kept.held is not None else kept.of
+        alike = live is not None and held is not None and live.shape == held.shape and live.dtype == held.dtype
+        if alike and kept.dense and _is_dense(live):  # type: ignore[arg-type]  # alike: it is there
+            live.copy_(torch.where(skipped.to(live.device), held, live))  # type: ignore[union-attr, arg-type]
+        elif kept.seen and skipped.item():  # it was made, dropped, or grew, or is of a kind that torch has no where for
+            owner._buffers[name] = held
 
     def settle(self) -> None:
-        """At a reading: large buffers that no step has changed are watched by their versions from now on."""
-        if not self._before:
-            return  # no step was seen yet
-        for slot, changed in self._changed.items():
-            if not changed.item():
-                self._always.remove(slot)
-                self._watched[slot] = None, -1  # unlike any: kept before the next step
-        self._changed = {}
+        """At a reading: large buffers that were not seen to be changed without a version are copied where that has changed."""
+        for slot, changed in list(self._unseen.items()):
+            if changed is not None:
+                self._copies[slot].each_time = bool(changed.item())
+                del self._unseen[slot]
+
+
+class Copy:
+    """A buffer as it was before a step."""
+
+    def __init__(self, *, each_time: bool) -> None:
+        self.each_time = each_time
+        self.of: Tensor | None = None
+        self.held: Tensor | None = None
+        self.version = -1
+        self.seen = self.dense = False
+
+    def take(self, live: Tensor | None) -> None:
+        """Copy a buffer, if that has to be done anew."""
+        dense = live is not None and _is_dense(live)
+        if self.seen and live is self.of and (live is None or (self.is_of_now() and not (self.each_time and dense))):
+            return
+        self.of, self.seen, self.dense = live, live is None or not is_lazy(live), dense
+        self.version = 0 if live is None or not self.seen else live._version
+        if live is None or not self.seen:
+            self.held = None
+        elif dense and self.held is not None and self.held.shape == live.shape and self.held.dtype == live.dtype:
+            self.held = self.held.copy_(live) if self.held.device == live.device else live.clone()
+        else:
+            self.held = live.clone()
+
+    def is_of_now(self) -> bool:
+        """Whether the buffer's version is still that of the copy."""
+        return self.of is None or is_lazy(self.of) or self.of._version == self.version
 
 
 Slot = tuple[nn.Module, str]
+# Of others, as float8, torch has no comparison everywhere.
+COMMON = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+)  # fmt: skip
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is one that torch can compare and write anew, wherever: neither sparse, quantized, nor expanded."""
+    if (
+        tensor.layout is not torch.strided
+        or tensor.dtype not in COMMON
+        or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
+    ):
+        return False
+    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def _buffer(slot: Slot) -> Tensor | None:
@@ -328,8 +365,12 @@ def _known(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
 
 
 def within(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Optimizers that an optimizer has within itself, as SAM has the one that steps at last."""
-    return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    """Optimizers that an optimizer has within itself, as SAM has the one that steps at last; also in a list or a mapping."""
+    found: list[torch.optim.Optimizer] = []
+    for value in vars(optimizer).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        found += [one for one in several if isinstance(one, torch.optim.Optimizer)]
+    return found
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -107,7 +108,8 @@ def _kept(module: nn.Module, name: str, wrappers: list[tuple[type, str]]) -> Ite
     """The segments of a name that no wrapper added."""
     owner: nn.Module | None = module
     for segment in name.split("."):
-        child = None if owner is None else owner._modules.get(segment)
+        parts: Any = {} if owner is None else owner._modules
+        child = parts[segment] if segment in parts else None  # noqa: SIM401  # what TorchScript has there has no get
         if child is None or not any(isinstance(owner, wrapper) and segment == attribute for wrapper, attribute in wrappers):
             yield segment
         owner = child

@@ -210,7 +210,7 @@ class LoopState:
             **self.history.state_dict(),
             "plan": None if self.old_plan is None else self.old_plan.state_dict(),
             "owed": self.owed,
-            "halt": self.halt,
+            "halt": self._halting(),
             "in_epoch": self.in_epoch,
             "setup": self.setup,
             "rng": rng,
@@ -273,6 +273,15 @@ class LoopState:
         for average in self._averages:
             if not average.show() and average.raw is None and self.step and self.status == "completed":
                 warn(f"average={average.spec!r} has not begun by step {self.step}, where the fit ended: these are raw weights")
+
+    def halting(self, *, pending: bool) -> dict[str, Any]:
+        """What a hook has asked for, to be kept with the state; ``pending`` if the run has not ended by it yet."""
+        assert self.request is not None  # whoever asks has seen it
+        by = {"callback": self.stopper[0], "given": self.stopper[1]}
+        return {"kind": type(self.request).__name__, "reason": self.request.reason, **by, "pending": pending}
+
+    def _halting(self) -> dict[str, Any] | None:
+        return self.halting(pending=True) if self.halt is None and self.request is not None else self.halt
 
     def outline(self) -> dict[str, Any]:
         """Of ``state_dict`` what says where the run stands and what it was made of."""

@@ -588,16 +588,19 @@ def _counted(flags: list[float], in_a_row: int) -> tuple[int, int, int]:
 
 
 def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise where an option that was saved is of another kind than the own one; None may stand for any."""
+    """Raise where an option that was saved is of another kind than the own one; None may stand for any but a number."""
     for key in set(own) & set(saved) - {"params"}:
         a, b = _kind(own[key]), _kind(saved[key])
-        if a and b and a != b:
+        asked = key not in KERNEL and (a in ("a number", "true or false") or a.startswith("a list"))
+        if a != b and a != "nothing" and (b != "nothing" or asked):
             raise CheckpointError(f"{key} of {of} is {a} here, and {b} in the saved one")
 
 
 def _kind(value: Any) -> str:
-    if value is None or isinstance(value, (tuple, list)):
-        return "" if value is None else "a list"
+    if value is None:
+        return "nothing"
+    if isinstance(value, (tuple, list)):
+        return f"a list of {', '.join(map(_kind, value))}"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):

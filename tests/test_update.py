@@ -894,17 +894,71 @@ def test_buffers_of_any_size_are_put_back_however_they_were_changed(how, size, p
     assert_same(dict(loops[1].objective.named_buffers()), dict(loops[0].objective.named_buffers()))
 
 
-def test_large_buffers_that_no_step_changes_are_not_kept():
-    loop = make(Centred("assigned", 8192), ax.Optimizer("sgd", lr=0.1))
+def test_large_buffers_that_no_step_changes_are_copied_once():
+    loop = make(Centred("by data", 8192), ax.Optimizer("sgd", lr=0.1))
     fitted(loop, data(3))
-    kept = {name: copy for (_, name), (_, copy) in loop.state.buffers._before.items()}
-    assert kept["constant"] is not None, "it is looked at until the first reading"
-    step = loop.state.buffers
-    step.keep()
-    step.keep()
-    kept = {name: copy for (_, name), (_, copy) in step._before.items()}
-    assert kept["constant"] is None
-    assert kept["center"] is not None
+    kept = {name: copy for (_, name), copy in loop.state.buffers._copies.items()}
+    assert kept["center"].each_time
+    assert not kept["constant"].each_time
+    loop.state.buffers.keep()  # the last step before the reading has written in it
+    held = kept["constant"].held
+    version = held._version
+    loop.state.buffers.keep()
+    assert kept["constant"].held is held
+    assert held._version == version, "it was copied anew"
+    loop.objective.constant.add_(1)
+    loop.state.buffers.keep()
+    assert torch.equal(kept["constant"].held, loop.objective.constant)
+
+
+@pytest.mark.parametrize("size", [16, 8192])
+@pytest.mark.parametrize("every", [1, 3, 5])
+@pytest.mark.parametrize("reading", [2, 7, 100])
+def test_a_buffer_that_is_written_now_and_then_is_put_back(size, every, reading):
+    class Bank(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.count = nn.Linear(5, 3), 0
+            self.register_buffer("bank", torch.zeros(size))
+
+        def predict(self, x):
+            self.count += 1
+            if self.count % every == 0:
+                self.bank.mul_(0.9).add_(0.1 * x.mean())
+            return self.linear(x) + self.bank[0]
+
+        def loss(self, predictions, targets):
+            return F.cross_entropy(predictions, targets)
+
+    batches = data(20)
+    batches[14] = poison(batches[14])  # written in by each of them
+    loop = make(Bank(), ax.Optimizer("sgd", lr=0.1))
+    loop.on("after_batch", every=reading)(lambda state: state.read() and None)
+    with pytest.warns(ax.NonFiniteWarning, match="1 update"):
+        loop.fit(batches, epochs=1)
+    assert torch.isfinite(loop.objective.bank).all()
+    assert loop.objective.bank.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of sparse CSR and of quantization
+@pytest.mark.parametrize("kind", ["sparse", "csr", "expanded", "quantized", "float8", "lazy"])
+@pytest.mark.parametrize("size", [4, 100])
+def test_buffers_of_any_kind_are_let_be(kind, size):
+    made = {
+        "sparse": lambda: torch.eye(size).to_sparse(),
+        "csr": lambda: torch.eye(size).to_sparse_csr(),
+        "expanded": lambda: torch.ones(1, size).expand(size, size),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(size, size), 0.1, 0, torch.qint8),
+        "float8": lambda: torch.ones(size, size).to(torch.float8_e4m3fn),
+        "lazy": lambda: None,
+    }[kind]
+    net = nn.Sequential(nn.LazyBatchNorm1d() if kind == "lazy" else nn.Identity(), nn.Linear(5, 3))
+    net.register_buffer("other", made())
+    loop = make(net, ax.Optimizer("sgd", lr=0.1))
+    fitted(loop, inserted(data(4), (2,)), skips=True)
+    fitted(loop, inserted(data(4), (2,)), skips=True)
+    assert loop.state.optimizers["main"].skipped == 2
 
 
 def test_parameters_change_places_with_sparse_ones():

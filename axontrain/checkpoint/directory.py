@@ -14,6 +14,7 @@ time saves to a path.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,10 +22,10 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -223,7 +224,7 @@ def _fill(directory: Path, what: Encoded) -> None:
 def _read(source: Path) -> Any:
     verify(source)
     try:
-        tensors = load_file(source / TENSORS)
+        tensors = _loaded(source / TENSORS)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
         raise CheckpointError(f"{source / TENSORS} cannot be read: {plain(error)}") from error
     for name, tensor in tensors.items():
@@ -255,9 +256,9 @@ def _check_size(source: Path, name: str, expected: Any) -> None:
 def _check_header(file: Path) -> None:
     """Raise unless the tensors are described as they are written here: safetensors lets more pass, and takes long over it."""
     damaged = f"{file} is damaged: its header"
-    with file.open("rb") as stream:
+    with opened(file) as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(MOST_HEADER, file.stat().st_size - 8):
+        if not 2 <= length <= min(MOST_HEADER, os.fstat(stream.fileno()).st_size - 8):
             raise CheckpointError(f"{damaged} is said to be of {length:,} bytes")
         header = stream.read(length)
     if header.count(b"{") > MOST_TENSORS + 1:
@@ -313,7 +314,11 @@ def _file(source: Path, name: str) -> Path:
 
 def _json(file: Path, tensors: Mapping[str, Tensor]) -> Any:
     try:
-        return decode(file.read_text(encoding="utf-8"), tensors)
+        with opened(file) as stream:
+            text = stream.read(MOST_BYTES.get(file.name, -1) + 1)
+        if len(text) > MOST_BYTES[file.name]:
+            raise CheckpointError(f"it is larger than {MOST_BYTES[file.name]:,} bytes")
+        return decode(text.decode("utf-8"), tensors)
     except (UnicodeDecodeError, CheckpointError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
@@ -342,9 +347,35 @@ def _sweep(target: Path, kind: str) -> None:
 
 
 def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
+    with opened(file) as stream:
+        digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # it is a BufferedReader
+        return {"size": os.fstat(stream.fileno()).st_size, "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A file to be read, which is a file: a link or a pipe that has taken its place is neither followed nor waited for.
+
+    Raises:
+        CheckpointError: if it is something else by now, or gone.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise CheckpointError(f"{file} is not there any more, or no file of its own") from error
+        raise
+    with open(descriptor, "rb") as stream:  # noqa: PTH123  # it is open
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{file} is no file any more")
+        yield stream
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, by the file that is open: what takes its place meanwhile is not looked at."""
+    with opened(file) as stream:
+        by_number = Path(f"/proc/self/fd/{stream.fileno()}")
+        return load_file(by_number if by_number.exists() else file)
 
 
 def make(directory: Path) -> None:

@@ -196,26 +196,37 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
     Raises:
         CheckpointError: if there are checkpoints, and none is good.
     """
-    bad: list[str] = []
-    for entry in reversed(entries(directory)):
-        try:
-            if entry.problem:
-                raise CheckpointError(entry.problem)
-            tree = files.read(entry.path)
-        except CheckpointError as error:
-            bad.append(str(error))
-            continue
-        except OSError as error:
-            bad.append(_not_looked_at(entry.path, error))
-            continue
-        if bad:
-            warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}")
-        return entry.path, tree
-    if bad:
-        raise CheckpointError(
-            f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another directory"
-        )
-    return None
+    there = entries(directory)
+    while True:
+        bad: list[str] = []
+        for entry in reversed(there):
+            try:
+                if entry.problem:
+                    raise CheckpointError(entry.problem)
+                tree = files.read(entry.path)
+            except CheckpointError as error:
+                bad.append(str(error))
+            except OSError as error:
+                bad.append(_not_looked_at(entry.path, error))
+            else:
+                if bad and _changed(there, there := entries(directory)):  # somebody saves meanwhile, and prunes
+                    break
+                if bad:
+                    warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}")
+                return entry.path, tree
+        else:
+            if bad and _changed(there, there := entries(directory)):
+                continue
+            if bad:
+                raise CheckpointError(
+                    f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another "
+                    f"directory"
+                )
+            return None
+
+
+def _changed(before: list[Entry], now: list[Entry]) -> bool:
+    return [entry.path for entry in before] != [entry.path for entry in now]
 
 
 def read(path: Path) -> Any:

@@ -164,7 +164,8 @@ def _setup(value: Any, place: str) -> None:
     if _of(setup, "validation", place) is not None:
         _texts(setup["validation"], f"{place}/validation")
     _text(_of(setup, "device", place), f"{place}/device")
-    _text(setup.get("precision", ""), f"{place}/precision")
+    for key in ("precision", "modules"):
+        _text(setup.get(key, ""), f"{place}/{key}")
     for key in ("metrics", "callbacks"):
         _texts(_of(setup, key, place), f"{place}/{key}")
     for name, given in setup["callbacks"].items():

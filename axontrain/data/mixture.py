@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from axontrain.data.arrays import ArrayDataset
 from axontrain.data.making import Maker, Task
 from axontrain.data.order import order
 from axontrain.data.protocol import Dataset, checked
@@ -82,6 +83,15 @@ class Mixture:
     def chooses(self) -> bool:
         """Whether weights or a function choose the task of a step."""
         return self.weights is not None or self.which is not None
+
+    def described(self) -> dict[str, Any]:
+        """What decides the batches, in plain values: the weights, and of each task its size and, of arrays, a digest."""
+        which = None if self.which is None else getattr(self.which, "__qualname__", type(self.which).__name__)
+        tasks = {
+            name: [len(data), data.digest() if isinstance(data, ArrayDataset) else type(data).__name__]
+            for name, data in self.datasets.items()
+        }
+        return {"weights": None if self.weights is None else self.weights.tolist(), "which": which, "tasks": tasks}
 
     def count(self, batch_size: int, drop_last: bool) -> int:
         """Batches in an epoch."""

@@ -216,6 +216,7 @@ class Stream:
         return of | {
             "samples": None if loader.iterable else len(loader.dataset),
             "rows": data.digest() if isinstance(data, ArrayDataset) else None,
+            "mixture": data.described() if isinstance(data, Mixture) else None,
             "batch_size": loader.batch_size,
             "shuffle": loader.shuffle,
             "drop_last": loader.drop_last,

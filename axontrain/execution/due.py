@@ -67,7 +67,9 @@ def end_fit(run: Run) -> None:
     """Read what is left of an epoch that a limit or a stop has ended; save."""
     state = run.state
     trained = state.step - run.first_step
-    if state.batch_index and trained:
+    # A run that was killed after its last step, and before this, has not read either.
+    unread = state.resumed and not (state.history.rows and state.history.rows[-1]["step"] == state.step)
+    if state.batch_index and (trained or unread):
         readings = state.read()
         if readings:
             state.history.add(state.step, state.epoch, readings, partial=True)
@@ -85,13 +87,15 @@ def end_fit(run: Run) -> None:
 
 def _after_epoch(run: Run) -> None:
     state = run.state
-    if not run.interrupted():
+    interrupted = run.interrupted()
+    if not interrupted:
         state.owed = []
         if run.hooks.after_epoch is not None:
             run.hooks.after_epoch(state)
-        run.save()
     if isinstance(state.request, StopEpoch):  # the epoch is over now
         state.request = None
+    if not interrupted:
+        run.save()
     run.look_ahead()
 
 

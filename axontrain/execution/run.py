@@ -69,8 +69,7 @@ class Run:
         """Whether there is more to train: no limit reached, no stop asked for."""
         state, request = self.state, self.state.request
         if request is not None:  # kept with the state: a run that is resumed has to know
-            by = {"callback": state.stopper[0], "given": state.stopper[1]}
-            state.halt = {"kind": type(request).__name__, "reason": request.reason, **by, "pending": bool(self.interrupt)}
+            state.halt = state.halting(pending=bool(self.interrupt))
         if self.interrupt or request is not None:
             self.status = "interrupted" if self.interrupt else "stopped"
             self.reason = self.interrupt or request.reason  # type: ignore[union-attr]  # one of the two is there

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from axontrain.callback import Callback, stateful
 from axontrain.clock import Every
@@ -21,12 +22,14 @@ from axontrain.version import VERSION
 
 # Where these differ, batch k of an epoch is another batch: to go on within the epoch would be wrong.
 DECIDES_BATCHES = (
-    "accumulate", "samples", "length", "rows", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler", "seed",
+    "accumulate", "samples", "length", "rows", "mixture", "batch_size", "shuffle", "drop_last", "sampler", "batch_sampler",
+    "seed",
 )  # fmt: skip
 WORDS = {
     "accumulate": "number of batches in a step",
     "batch_size": "samples in a batch",
     "length": "number of batches",
+    "mixture": "mixture's weights and tasks",
     "rows": "rows at its beginning, middle and end, by a digest",
 }
 
@@ -199,17 +202,28 @@ def _of_metrics(before: Mapping[str, Any], after: Mapping[str, Any], *, within: 
 
 # Wrappers that compute what the module within them does.
 WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel")
+LATER = "-"  # of a module that the first batch makes another
 
 
 def _lines(objective: nn.Module) -> dict[str, str]:
-    """Each module in its own words, as ``Dropout(p=0.5, inplace=False)``, without those in it."""
-    parts = objective.named_modules()
-    return {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in parts if type(m).__name__ not in WRAPPERS}
+    """Each module in words, as ``Dropout(p=0.5, inplace=False)``, without those in it.
+
+    Only torch's own layers tell of their options: what others say may be anything, as an address, or not be ready to be said.
+    """
+    found = {}
+    for name, part in objective.named_modules():
+        kind = type(part)
+        if isinstance(part, LazyModuleMixin):
+            found[name] = LATER
+        elif kind.__name__ not in WRAPPERS:
+            found[name] = f"{kind.__name__}({part.extra_repr() if kind.__module__.startswith('torch.nn.modules.') else '...'})"
+    return found
 
 
 def _modules(objective: nn.Module) -> str:
     """A digest of each module's words, in order: short enough to be kept with every state."""
-    return " ".join(hashlib.blake2b(line.encode(), digest_size=4).hexdigest() for line in _lines(objective).values())
+    lines = _lines(objective).values()
+    return " ".join(LATER if line == LATER else hashlib.blake2b(line.encode(), digest_size=4).hexdigest() for line in lines)
 
 
 def _of_modules(before: str | None, after: str, state: LoopState) -> list[str]:
@@ -219,7 +233,10 @@ def _of_modules(before: str | None, after: str, state: LoopState) -> list[str]:
     if len(old) != len(new):
         return [f"the number of modules: {_changed(len(old), len(new))}"]
     lines = _lines(state.objective)
-    changed = [f"{name} is {line}" for (name, line), a, b in zip(lines.items(), old, new, strict=True) if a != b]
+    both = zip(lines.items(), old, new, strict=True)
+    changed = [f"{name} is {line}" for (name, line), a, b in both if a != b and LATER not in (a, b)]
+    if not changed:
+        return []
     return [f"{', '.join(changed[:4])}{', ...' if len(changed) > 4 else ''}, which was something else"]
 
 

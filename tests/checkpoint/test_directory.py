@@ -544,3 +544,44 @@ def test_directories_that_are_made_are_on_the_disk(tmp_path, monkeypatch):
     assert synced == [str(tmp_path), str(tmp_path / "runs")]
     directory.make(tmp_path / "runs" / "first")
     assert len(synced) == 2
+
+
+SWAPPED = """
+import json, os, resource, signal, sys
+from pathlib import Path
+from axontrain import CheckpointError
+from axontrain.checkpoint import directory
+
+path, name, kind = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+signal.alarm(20)  # ends the process, if it waits
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+looked = directory._file
+
+def swapping(source, wanted):
+    file = looked(source, wanted)
+    if wanted == name and file.is_file() and not file.is_symlink():
+        file.rename(path / "aside")
+        if kind == "fifo":
+            os.mkfifo(file)
+        elif kind == "link":
+            file.symlink_to(path / "aside")
+        elif kind == "zero":
+            file.symlink_to("/dev/zero")
+    return file
+
+directory._file = swapping
+told = ""
+try:
+    directory.read(path)
+except CheckpointError as error:
+    told = str(error)
+print(json.dumps([told, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024]))
+"""
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json", "about.json"])
+@pytest.mark.parametrize("kind", ["fifo", "link", "zero"])
+def test_what_takes_the_place_of_a_file_while_it_is_read_is_neither_followed_nor_waited_for(saved, name, kind):
+    told, mebibytes = in_own_process(SWAPPED, saved, name, kind)
+    assert name in told
+    assert mebibytes < 200

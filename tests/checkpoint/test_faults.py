@@ -189,7 +189,7 @@ PATCHES = {
     "mkdir": (Path, "mkdir", errno.EDQUOT, ".tmp-"),
     "manifest": (Path, "write_text", errno.ENOSPC, "manifest"),
     "state": (Path, "write_text", errno.EIO, "state.json"),
-    "verify": (Path, "open", errno.EIO, "tensors"),
+    "verify": (os, "open", errno.EIO, "tensors"),
 }
 KINDS = [*PATCHES, "full disk", "limit", "read-only"]
 

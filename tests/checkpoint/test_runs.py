@@ -239,7 +239,7 @@ def failing(monkeypatch, holder, name, step, number):
 
 
 @pytest.mark.parametrize("number", ERRORS)
-@pytest.mark.parametrize(("holder", "name"), [(Path, "lstat"), (Path, "read_text"), (files, "_described")])
+@pytest.mark.parametrize(("holder", "name"), [(Path, "lstat"), (os, "open"), (files, "_described")])
 @pytest.mark.parametrize("step", [1, 2, 4])
 def test_what_could_not_be_looked_at_is_not_pruned_and_is_what_it_was_afterwards(
     tmp_path, monkeypatch, number, holder, name, step
@@ -483,3 +483,37 @@ def test_a_damaged_one_that_a_glance_passes_pushes_out_no_good_one(tmp_path):
     assert [entry.step for entry in runs.entries(tmp_path)] == [1, 2, 3]
     save(4, 3)
     assert [entry.step for entry in runs.entries(tmp_path)] == [3, 4]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_who_reads_while_a_run_saves_and_prunes_finds_the_newest(tmp_path, monkeypatch, times):
+    """Between the list and the reading the checkpoints of the list are pruned, and a new one is there."""
+    put(tmp_path, 1, 1)
+    put(tmp_path, 2, 2)
+    reading, left, last = files.read, [times], [2]
+
+    def late(path):
+        if left[0]:
+            left[0] -= 1
+            last[0] += 1
+            put(tmp_path, last[0], last[0])
+            for entry in entries(tmp_path)[:-1]:
+                shutil.rmtree(entry.path)
+        return reading(path)
+
+    monkeypatch.setattr(files, "read", late)
+    path, tree = newest(tmp_path)
+    assert path == tmp_path / name_of(2 + times)
+    assert tree["step"] == 2 + times
+
+
+def test_where_nothing_changes_meanwhile_the_bad_ones_are_told_once(tmp_path):
+    for number in (1, 2, 3):
+        put(tmp_path, number, number)
+    damage(tmp_path / name_of(3))
+    with pytest.warns(AxonWarning, match=r"step-000000003 is damaged.*Went on from the next older good one, .*step-000000002"):
+        assert newest(tmp_path)[0] == tmp_path / name_of(2)
+    for number in (1, 2):
+        damage(tmp_path / name_of(number))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is good"):
+        newest(tmp_path)

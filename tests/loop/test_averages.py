@@ -478,3 +478,27 @@ def test_who_restores_without_the_average_is_told_that_these_are_the_raw_weights
     assert again.evaluate(TEST)["loss"] != loop.state.values["val/loss"]
     again.restore(path, only="objective")
     assert again.evaluate(TEST)["loss"] == loop.state.values["val/loss"]
+
+
+@pytest.mark.parametrize("over", ["100 samples", "30 steps"])
+def test_a_last_batch_that_is_smaller_warms_up_with_the_others(over):
+    """More steps than the warm-up of the usual batch takes, fewer than that of the last one."""
+    x = torch.randn(33, 6, generator=torch.Generator().manual_seed(3))
+    loop, kept = loop_of(averages.ema(over=over), optimizer="sgd"), []
+    loop.objective.net = nn.Sequential(nn.Linear(6, 2))
+    loop = ax.Loop(loop.objective, ax.Optimizer("sgd", lr=0.05, average=averages.ema(over=over)), progress=False)
+    name = "net.0.weight"
+    average, steps = loop.objective.net[0].weight.detach().double().clone(), 0
+
+    @loop.on("after_batch")
+    def fold(state):
+        nonlocal average, steps
+        samples = 1 if (state.step - 1) % 2 else 32
+        decay = math.exp(-samples / 100) if "samples" in over else math.exp(-1 / 30)
+        decay = min(decay, (1 + steps) / (10 + steps))
+        average = decay * average + (1 - decay) * state.objective.net[0].weight.detach().double()
+        steps += 1
+        kept.append(state.optimizers["main"].average.average[name].double())
+
+    loop.fit(ax.ArrayDataset(x, (x.sum(1) > 0).long()), epochs=400, batch_size=32)
+    torch.testing.assert_close(kept[-1], average, rtol=1e-5, atol=1e-6)

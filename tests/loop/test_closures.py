@@ -220,10 +220,15 @@ def test_what_cannot_be_is_refused():
 class Around(torch.optim.Optimizer):
     """SAM as it is published most often: an optimizer within, which shares its groups."""
 
-    def __init__(self, params, lr, rho=0.05):
+    def __init__(self, params, lr, rho=0.05, listed=False):
         super().__init__(params, {"lr": lr, "rho": rho})
-        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
-        self.param_groups = self.base.param_groups
+        base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.held = [base] if listed else base
+        self.param_groups = base.param_groups
+
+    @property
+    def base(self):
+        return self.held[0] if isinstance(self.held, list) else self.held
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -238,7 +243,7 @@ class Around(torch.optim.Optimizer):
         return loss
 
 
-@pytest.mark.parametrize("spec", [ax.Optimizer(Around, lr=0.1, closure=True)])
+@pytest.mark.parametrize("spec", [ax.Optimizer(Around, lr=0.1, closure=True, listed=listed) for listed in (False, True)])
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
 def test_an_optimizer_within_another_goes_on_too(tmp_path, spec, step):
     test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, spec, step)

@@ -721,3 +721,58 @@ def test_a_last_group_of_small_batches_that_is_smaller(tmp_path, together, step)
         again.fit(stream, epochs=2, accumulate=together, resume=True)
     for one, other in zip(whole.objective.parameters(), again.objective.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def mixture_of(directory, *, weights=(1, 1), shift=0.0, count=24, step=None):
+    loop, _ = rows(directory=directory, step=step)
+    parts = {}
+    for seed, name in enumerate("ab"):
+        x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) + (shift if name == "a" else 0.0)
+        parts[name] = ax.ArrayDataset(x, (x.sum(1) > 0).long())
+    return loop, ax.Mixture(parts, weights=list(weights))
+
+
+@pytest.mark.parametrize("change", [{"weights": (9, 1)}, {"shift": 1.0}, {"weights": (2, 2)}], ids=str)
+def test_another_mixture_is_other_batches(tmp_path, change):
+    loop, data = mixture_of(tmp_path, step=4)
+    loop.fit(data, epochs=2, batch_size=8)
+    again, data = mixture_of(tmp_path, **change)
+    with pytest.raises(ax.CheckpointError, match="the training data's mixture's weights and tasks"):
+        again.fit(data, epochs=2, batch_size=8, resume=True)
+
+
+class Wordy(nn.Module):
+    """Says something else each time, or cannot say anything yet."""
+
+    def __init__(self, ready):
+        super().__init__()
+        self.ready = ready
+
+    def forward(self, x):
+        return x.relu()
+
+    def extra_repr(self):
+        if not self.ready:
+            raise AttributeError("nothing is known yet")
+        return f"f={object()}"
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_what_a_module_of_the_users_says_is_not_asked(tmp_path, ready):
+    loop, data = rows(between=Wordy(ready), directory=tmp_path, step=WITHIN)
+    loop.fit(data, epochs=2, batch_size=8)
+    again, data = rows(between=Wordy(ready), directory=tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.fit(data, epochs=2, batch_size=8, resume=True)
+
+
+def test_a_lazy_module_that_has_become_another_is_the_same():
+    net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 2))
+    loop = ax.Loop(ax.Supervised(net, "cross_entropy"), ax.Optimizer("sgd", lr=0.05), progress=False)
+    loop.on("after_batch")(lambda state: ax.Stop("enough") if state.step == WITHIN else None)
+    _, data = rows()
+    loop.fit(data, epochs=2, batch_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.fit(data, epochs=2, batch_size=8, resume=True)

@@ -442,3 +442,74 @@ def test_the_best_checkpoint_can_be_found_and_its_weights_be_taken(tmp_path):
     ax.load_weights(model, saving.best_path)
     again = loop_of(objective=model)
     assert again.evaluate(DATA, batch_size=8)["loss"] == best["val/loss"]
+
+
+# --- killed between the save of the last step and that of the fit's end ------------------------------------------------
+
+
+class Ends(ax.Callback):
+    """Ends the run, or the epoch, from one hook at one step; it has no state to say so by."""
+
+    def __init__(self, hook, step, answer):
+        super().__init__()
+        setattr(self, hook, lambda state: answer if state.step == step else None)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "answer"),
+    [
+        ("after_batch", 7, ax.Stop("enough")),
+        ("after_batch", 7, ax.StopEpoch("on")),
+        ("after_epoch", 10, ax.Stop("enough")),
+        ("after_epoch", 5, ax.StopEpoch("on")),
+        ("after_evaluate", 6, ax.Stop("enough")),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_at_a_step_that_was_saved_is_done(tmp_path, monkeypatch, hook, step, answer):
+    fit = {"epochs": 3, "batch_size": 8, "validate": "3 steps"}
+
+    def made(directory):
+        return loop_of(directory, [Ends(hook, step, answer), ax.Checkpoint(every=1, keep_last=None)])
+
+    whole = made(tmp_path / "whole")
+    ended = whole.fit(DATA, DATA, **fit)
+    with monkeypatch.context() as patch:
+        patch.setattr(ax.Checkpoint, "at_fit_end", lambda self, state: None)
+        made(tmp_path / "run").fit(DATA, DATA, **fit)
+    again = made(tmp_path / "run")
+    result = again.fit(DATA, DATA, **fit, resume=True)
+    assert (result.status, result.reason) == (ended.status, ended.reason)
+    assert_same(whole, again)
+
+
+@pytest.mark.parametrize(("answer", "status"), [(ax.Stop("enough"), "stopped"), (ax.StopEpoch("on"), "completed")], ids=str)
+def test_who_saves_by_hand_after_a_stop_was_asked_for_saves_that_too(answer, status):
+    saved = []
+    whole = loop_of(callbacks=[Ends("after_batch", 7, answer)])
+    whole.on("after_batch")(lambda state: saved.append(whole.save()) if state.step == 7 else None)
+    whole.fit(DATA, epochs=3, batch_size=8)
+    again = loop_of(callbacks=[Ends("after_batch", 7, answer)])
+    again.restore(saved[0])
+    result = again.fit(DATA, epochs=3, batch_size=8, resume=True)
+    assert result.status == status
+    assert_same(whole, again)
+
+
+@pytest.mark.parametrize("steps", [6, 7, 9, 10])
+def test_the_reading_of_a_part_of_an_epoch_is_made_by_the_next_start(tmp_path, monkeypatch, steps):
+    fit = {"steps": steps, "batch_size": 8}
+
+    def made(directory):
+        return loop_of(directory, [ax.Checkpoint(every=1, keep_last=None)])
+
+    whole = made(tmp_path / "whole")
+    ended = whole.fit(DATA, **fit)
+    with monkeypatch.context() as patch:
+        patch.setattr(ax.Checkpoint, "at_fit_end", lambda self, state: None)
+        made(tmp_path / "run").fit(DATA, **fit)
+    for _ in range(2):  # what is finished gives the same once more
+        again = made(tmp_path / "run")
+        result = again.fit(DATA, **fit, resume=True)
+        assert result.values == ended.values
+        assert_same(whole, again)
