@@ -255,3 +255,154 @@ def test_memory_that_runs_out_is_halved():
         loop.fit(ax.data.digits()[0], epochs=1, batch_size=64, limit=4, microbatch="auto")
     assert ["of 16" in str(warning.message) for warning in told if "fit in memory" in str(warning.message)] == [False, True]
     assert loop.state.step == 4
+
+
+class Plain(Digits):
+    """Without what draws or counts, for comparisons between ways to do the same."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(64, 64, bias=bias), nn.Tanh(), nn.Linear(64, 10, bias=bias))
+
+
+def plain(name, bias=True, precision="fp32", callbacks=(), directory=None, **options):
+    torch.manual_seed(0)
+    spec = ax.Optimizer(name, lr=1e-3, **options)
+    return ax.Loop(Plain(bias), spec, precision=precision, callbacks=list(callbacks), progress=False, directory=directory)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adagrad", "rmsprop", "nadam", "muon", "adafactor"])
+def test_updates_within_backward_are_those_after_it(deterministic, name):
+    train = ax.data.digits()[0].to("cuda")
+    weights = []
+    for within in (True, False):
+        loop = plain(name, bias=name != "muon", in_backward=within)
+        loop.fit(train, epochs=1, batch_size=64)
+        weights.append(list(loop.objective.parameters()))
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_within_backward_there_is_one_gradient_at_a_time():
+    """A network whose gradients are most of what changes: with them all at once the peak is higher by nearly their size."""
+    peaks = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16)))
+        loop = ax.Loop(ax.Supervised(net, "mse"), ax.Optimizer("sgd", lr=1e-3, in_backward=within), progress=False)
+        batches = [(torch.randn(8, 1024), torch.randn(8, 1024)) for _ in range(3)]
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loop.fit(batches, epochs=1)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del loop, net
+        torch.cuda.empty_cache()
+    assert peaks[0] - peaks[1] > 12 * 4 * 1024**2
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize(
+    "options", [{"in_backward": True}, {"average": "ema"}, {"average": "ema", "in_backward": True}], ids=str
+)
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop"])
+def test_no_step_within_backward_or_with_an_average_waits(name, options):
+    loop = plain(name, **options)
+    train_step = runner(loop.state, None)
+    for number, batch in enumerate(list(ax.Loader(ax.data.digits()[0].to("cuda"), 64))[:8]):
+        torch.cuda.set_sync_debug_mode("default" if number < 2 else "error")
+        try:
+            loop.state.meter.record(train_step(batch))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loop.state.read()["train/loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_guard_against_spikes_waits_for_nothing_between_its_looks():
+    guard = ax.SpikeGuard(window=4, deviations=3, look=100)
+    loop = plain("adamw")
+    train_step = runner(loop.state, guard.after_backward)
+    for number, batch in enumerate(list(ax.Loader(ax.data.digits()[0].to("cuda"), 64))[:12]):
+        torch.cuda.set_sync_debug_mode("default" if number < 2 else "error")
+        try:
+            train_step((batch[0] * (1000 if number == 9 else 1), batch[1]))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        loop.state.step += 1
+    loop.state.read()
+    assert loop.state.optimizers["main"].skipped == 1
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "adamwschedulefree"])
+def test_closures_and_averages_of_their_own_go_on_bitwise(tmp_path, deterministic, name):
+    if name == "adamwschedulefree":
+        pytest.importorskip("schedulefree")
+    train, _ = ax.data.digits()
+    whole, first, again = (plain(name, directory=where) for where in (None, tmp_path, tmp_path))
+    whole.fit(train, epochs=2, batch_size=256)
+    first.on("after_batch")(lambda state: ax.Stop("enough") if state.step == 4 else None)
+    first.fit(train, epochs=2, batch_size=256)
+    again.fit(train, epochs=2, batch_size=256, resume=True)
+    for key, value in whole.objective.state_dict().items():
+        assert torch.equal(value, again.objective.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16-true"])
+def test_where_a_nan_comes_from_is_found_on_the_device(precision):
+    class Root(Plain):
+        def predict(self, images):
+            return torch.sqrt(self.net(images) - 100)
+
+    torch.manual_seed(0)
+    loop = ax.Loop(Root(), ax.Optimizer("adamw", lr=1e-3, patience=2), precision=precision, progress=False)
+    batch = ax.data.digits()[0].gather(torch.arange(8))
+    found = ax.locate_nonfinite(loop, batch)
+    assert (found.phase, found.operation) == ("forward", "aten.sqrt")
+    with pytest.raises(ax.NonFiniteError) as caught:
+        loop.fit([batch] * 3, epochs=1)
+    assert any("aten.sqrt" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("size", [16, 8192])
+@pytest.mark.parametrize("how", ["in place", "by data", "assigned"])
+def test_buffers_are_put_back_on_the_device(size, how):
+    class Bank(Plain):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("bank", torch.zeros(size))
+
+        def predict(self, images):
+            following = 0.9 * self.bank + 0.1 * images.mean()
+            if how == "assigned":
+                self.bank = following
+            else:
+                (self.bank.data if how == "by data" else self.bank).copy_(following)
+            return self.net(images)
+
+    torch.manual_seed(0)
+    loop = ax.Loop(Bank(), ax.Optimizer("adamw", lr=1e-3), progress=False)
+    x, y = ax.data.digits()[0].gather(torch.arange(8))
+    for _ in range(2):
+        with pytest.warns(ax.NonFiniteWarning, match="1 update"):
+            loop.fit([(x, y), (x * float("nan"), y), (x, y)], epochs=1)
+        assert torch.isfinite(loop.objective.bank).all()
+    assert loop.objective.bank.is_cuda
+
+
+def test_float8_where_the_device_has_it():
+    pytest.importorskip("torchao")
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    train, test = ax.data.digits()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ax.AxonWarning)  # of emulation
+        loop = ax.Loop(
+            ax.Supervised(net, "cross_entropy", metrics=["accuracy"]),
+            ax.Optimizer("adamw", lr=3e-3),
+            precision="fp8",
+            progress=False,
+        )
+    assert loop.fit(train, test, epochs=5, batch_size=64).values["val/accuracy"] > 0.9

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from axontrain.data.arrays import ArrayDataset
-from axontrain.data.iterables import Source, is_iterable
+from axontrain.data.iterables import AT_HAND, Source, is_iterable
 from axontrain.data.loader import Loader
 from axontrain.data.mixture import Mixture
 from axontrain.data.protocol import is_array, is_dataset, reject_frame
@@ -159,9 +159,15 @@ class Stream:
             self.source.finish(seed, epoch, self.source.stood(epoch, index, self.accumulate or 1), size)
 
     def again(self, seed: int, epoch: int, index: int, step: int) -> Any:
-        """A batch that was read before; None of an iterable, whose batches are read once."""
+        """A batch that was read before; None of an iterable, whose batches are read once, but for a list's."""
         if self.source is not None:
-            return None
+            if self.loader is not None or not isinstance(self.source.data, AT_HAND):
+                return None
+            together = self.accumulate or 1
+            found = self.source.data[index * together : (index + 1) * together]
+            found = [one if self.convert is None else self.convert(one) for one in found]
+            found = [one if self.device is None else to_device(one, device=self.device) for one in found]
+            return Accumulated(tuple(found)) if self.accumulate is not None and found else next(iter(found), None)
         return next(self.batches(seed, epoch, index, step), None)
 
     def samples(self, seed: int, epoch: int, index: int) -> list[int]:

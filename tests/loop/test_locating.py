@@ -190,7 +190,13 @@ def test_a_batch_that_is_no_longer_in_hand_is_read_again():
     [note] = notes_of(loop_of(Net(), **spec), ax.Loader(ax.ArrayDataset(x, y), 8), epochs=1)
     told = "step 3 computed again: first not finite in tensor 0 of the batch: Tensor(8, 3) float32 with 8 NaN of 24"
     assert note == f"{told}, the first at (0, 1)"
-    [note] = notes_of(loop_of(Net(), **spec), list(ax.Loader(ax.ArrayDataset(x, y), 8)), epochs=1)
+    batches = list(ax.Loader(ax.ArrayDataset(x, y), 8))
+    [note] = notes_of(loop_of(Net(), **spec), batches, epochs=1)
+    assert note == f"{told}, the first at (0, 1)"
+    small = list(ax.Loader(ax.ArrayDataset(x, y), 4))
+    [note] = notes_of(loop_of(Net(), **spec), small, epochs=1, accumulate=2)
+    assert note.startswith("step 3 computed again: first not finite in tensor 0 of the batch: Tensor(4, 3) float32")
+    [note] = notes_of(loop_of(Net(), **spec), lambda: iter(batches), epochs=1)
     assert note == "the batch of step 3 cannot be read again: on_nonfinite='raise' stops while it is in hand"
 
 
