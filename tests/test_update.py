@@ -993,3 +993,43 @@ def test_raise_with_several_optimizers_updates_none_of_them():
     with pytest.raises(ax.NonFiniteError, match="gradients of wild are not finite; nothing was updated"):
         loop.fit(data(1), epochs=1)
     assert all(torch.equal(a, b) for a, b in zip(before, loop.objective.parameters(), strict=True))
+
+
+FUSED = {"sgd": [{}, {"momentum": 0.9}], "adam": [{}, {"amsgrad": True}], "adamw": [{"weight_decay": 0.1}], "adagrad": [{}]}
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, of) for name, variants in FUSED.items() for of in variants], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_fused_kernel_is_the_default_and_computes_what_the_others_do(name, options, dtype):
+    loops = []
+    for how in ({}, {"fused": False, "foreach": True}, {"fused": False, "foreach": False}):
+        loop = make(model().to(dtype), ax.Optimizer(name, lr=0.01, **options, **how))
+        fitted(loop, [(x.to(dtype), y) for x, y in data(8)])
+        loops.append(loop)
+    kernels = [
+        (bool(group.get("fused")), group.get("foreach"))
+        for loop in loops
+        for group in loop.state.optimizers["main"].optimizers[0].param_groups
+    ]
+    assert kernels[0][0] is True
+    assert kernels[1:] == [(False, True), (False, False)]
+    for other in loops[1:]:
+        for one, two in zip(loops[0].objective.parameters(), other.objective.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=1e-7)
+
+
+MANY = ["adadelta", "adafactor", "adamax", "asgd", "muon", "nadam", "radam", "rmsprop", "rprop"]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_kernels_over_many_tensors_compute_what_those_over_one_do(name):
+    assert {*MANY, *FUSED, "lbfgs", "sparseadam"} == {*names()}, "a new algorithm of torch's belongs into one of these lists"
+    loops = []
+    for how in ({}, {"foreach": True}, {"foreach": False}):
+        if name == "muon" and how:  # which has no such option
+            continue
+        loop = make(model(bias=name != "muon").double(), ax.Optimizer(name, lr=0.01, **how))
+        loops.append(fitted(loop, [(x.double(), y) for x, y in data(8)]))
+    for other in loops[1:]:
+        for one, two in zip(loops[0].objective.parameters(), other.objective.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)  # ASGD's own rates are float32
