@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from axontrain.errors import ConfigurationError
 
@@ -314,11 +315,9 @@ COMMON = (
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is one that torch can compare and write anew, wherever: neither sparse, quantized, nor expanded."""
-    if (
-        tensor.layout is not torch.strided
-        or tensor.dtype not in COMMON
-        or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer)
-    ):
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.dtype not in COMMON:
+        return False
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):  # as one that is spread over devices
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
