@@ -70,6 +70,7 @@ class Callback:
 
     every: Every | None = None
     given: dict[str, Any]
+    cadences: dict[str, Cadence]  # of the present fit, by hook
     # Whether before_fit says by itself, from a state of its own, that it has ended the run that is resumed.
     restates = False
 
@@ -89,6 +90,7 @@ class Callback:
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note what it was made with: a run that is resumed says what of it has changed."""
         made = super().__new__(cls)
+        made.cadences = {}
         given = {str(number): value for number, value in enumerate(args)} | kwargs
         made.given = {name: value for name, value in given.items() if isinstance(value, (bool, int, float, str, type(None)))}
         return made
@@ -215,6 +217,7 @@ class Hooks:
                 if callback.every is not None and hook not in ALWAYS:
                     cadence = state.cadence(f"{key}.{hook}", callback.every)
                     cadence.start(state, resumed=resumed)
+                    callback.cadences[hook] = cadence
                 wanted.append((getattr(callback, hook), cadence, (key, callback.given)))
             setattr(self, hook, _caller(hook, wanted) if wanted else None)
 

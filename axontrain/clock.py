@@ -191,7 +191,7 @@ class Cadence:
     def __init__(self, every: Every) -> None:
         self.every = every
         self._multiple: int | None = None
-        self._fired = 0
+        self.fired = 0
 
     def start(self, clock: Clock, *, resumed: bool = False) -> None:
         """Begin at the clock's present reading; what was passed before does not count.
@@ -215,11 +215,11 @@ class Cadence:
             return False
         if every.before is not None and every.before.measure(clock) >= every.before.amount:
             return False
-        if every.first is not None and self._fired >= every.first:
+        if every.first is not None and self.fired >= every.first:
             return False
         if every.predicate is not None and not every.predicate(clock):
             return False
-        self._fired += 1
+        self.fired += 1
         return True
 
     def next_step(self, clock: Clock) -> float:
@@ -256,12 +256,12 @@ class Cadence:
 
     def state_dict(self) -> dict[str, Any]:
         """What has already been due."""
-        return {"interval": str(self.every.interval), "multiple": self._multiple, "fired": self._fired}
+        return {"interval": str(self.every.interval), "multiple": self._multiple, "fired": self.fired}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         self._multiple = state["multiple"] if state["interval"] == str(self.every.interval) else None
-        self._fired = state["fired"]
+        self.fired = state["fired"]
 
 
 @dataclass(slots=True)

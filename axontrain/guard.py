@@ -22,6 +22,11 @@ from axontrain.errors import ConfigurationError
 
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
+# Attributes of every optimizer, which say nothing of what a step changes.
+TORCHS = {
+    *vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)),
+    *("_opt_called", "_step_count", "_warned_capturable_if_run_uncaptured", "found_inf", "grad_scale", "step"),
+}
 # Buffers of so many elements cost less to keep than to ask about.
 SMALL_BUFFER = 4096
 
@@ -38,12 +43,17 @@ class Guard:
         self.kept: Kept | None = None
         self.counts: bool | None = None  # whether a step changes numbers in its groups; None until one was seen
         self.plain = _plain_step(optimizer)
-        if fused and kind is torch.optim.SGD:
-            # A skipped first step would leave the fused kernel's momentum buffers uninitialised.
-            for group in optimizer.param_groups:
-                if group["momentum"]:
-                    for p in group["params"]:
-                        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the momentum buffers of fused SGD, which a skipped first step would leave uninitialised."""
+        if not self.fused or type(self.optimizer) is not torch.optim.SGD:
+            return
+        for group in self.optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                if self.optimizer.state[p].get("momentum_buffer") is None:
+                    buffer = torch.zeros_like(p, memory_format=torch.preserve_format)
+                    self.optimizer.state[p]["momentum_buffer"] = buffer
 
     def step(self, flag: Tensor) -> None:
         """Step, unless ``flag`` is above 0."""
@@ -58,6 +68,7 @@ class Guard:
         if not self.zeros and (self.counts is not False or self.nested or not _known(self.optimizer, parameters)):
             self._read(flag)
             return
+        before = None if self.zeros else _numbers(self.optimizer)
         if self.kept is None or not self.kept.still():
             self.kept = Kept(self.optimizer, parameters)
         else:
@@ -67,13 +78,17 @@ class Guard:
         if self.kept.grew():
             self.kept.clear(flag)
             self.kept = None
+        if before is not None and _numbers(self.optimizer) != before:  # it counts now and then
+            self.counts = True
+            if flag.item():
+                _put_numbers(self.optimizer, before)
 
     def _read(self, flag: Tensor) -> None:
         """Read the flag, as torch's GradScaler always does: what the step may change we cannot know, or lies on the host."""
         if not flag.item():
             before = _numbers(self.optimizer)
             self.optimizer.step()
-            self.counts = self.counts or _numbers(self.optimizer) != before
+            self.counts = self.counts or _numbers(self.optimizer) != before or _holds(self.optimizer)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or torch's schedulers warn of the order
 
     def step_alone(self, parameter: Tensor, group: dict[str, Any], flag: Tensor) -> None:
@@ -90,8 +105,8 @@ class Guard:
             self.step(flag)
             if self.counts:
                 raise ConfigurationError(
-                    f"in_backward=True: {type(optimizer).__name__} counts its steps in its groups, once for all their "
-                    f"parameters, and would count each of them: leave in_backward=True out"
+                    f"in_backward=True: {type(optimizer).__name__} counts its steps, or keeps tensors, for all its parameters "
+                    f"together, and would do so for each of them: leave in_backward=True out"
                 )
         finally:
             optimizer.param_groups, group["params"], self.kept = every, params, None
@@ -120,8 +135,7 @@ class Guard:
         for one, (state, numbers) in zip(every, states, strict=True):
             one.state.clear()
             one.state.update(state)
-            for group, of_group in zip(one.param_groups, numbers, strict=True):
-                group.update(of_group)
+            _put_numbers(one, numbers)
         return torch.ones_like(flag)
 
     def unfuse(self) -> None:
@@ -138,6 +152,7 @@ class Guard:
         if self._damped():
             self.unfuse()  # its kernel could not be skipped then
         self.counts, self.kept = None, None
+        self._begin()
 
     def _begins_as_zeros(self) -> bool:
         kind = type(self.optimizer)
@@ -240,8 +255,11 @@ class BufferGuard:
 
     def keep(self) -> None:
         """Before the forward pass."""
+        shared: dict[int, Copy] = {}
         for slot, kept in self._copies.items():
-            kept.take(_buffer(slot))
+            live = _buffer(slot)
+            kept.take(live, shared.get(id(live)))
+            shared[id(live)] = kept
 
     def put_back(self, flag: Tensor) -> None:
         """After the update: where it was skipped, the buffers are again what they were."""
@@ -264,7 +282,11 @@ class BufferGuard:
         held = kept.held if kept.held is not None else kept.of
         alike = live is not None and held is not None and live.shape == held.shape and live.dtype == held.dtype
         if alike and kept.dense and _is_dense(live):  # type: ignore[arg-type]  # alike: it is there
-            live.copy_(torch.where(skipped.to(live.device), held, live))  # type: ignore[union-attr, arg-type]
+            found = torch.where(skipped.to(live.device), held, live)  # type: ignore[union-attr, arg-type]
+            if live is kept.of:
+                live.copy_(found)  # type: ignore[union-attr]
+            else:  # what was put in its place may be somebody's, as the batch
+                owner._buffers[name] = found
         elif kept.seen and skipped.item():  # it was made, dropped, or grew, or is of a kind that torch has no where for
             owner._buffers[name] = held
 
@@ -286,8 +308,12 @@ class Copy:
         self.version = -1
         self.seen = self.dense = False
 
-    def take(self, live: Tensor | None) -> None:
-        """Copy a buffer, if that has to be done anew."""
+    def take(self, live: Tensor | None, other: Copy | None = None) -> None:
+        """Copy a buffer, if that has to be done anew; ``other`` has a copy of the same, which is in several places."""
+        if other is not None:
+            self.of, self.held, self.version = other.of, other.held, other.version
+            self.seen, self.dense = other.seen, other.dense
+            return
         dense = live is not None and _is_dense(live)
         if self.seen and live is self.of and (live is None or (self.is_of_now() and not (self.each_time and dense))):
             return
@@ -373,9 +399,42 @@ def within(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 
 
 def _numbers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The options of its groups that some optimizers count in."""
+    """The numbers that some optimizers count in: in their groups, in attributes, and in their state beside the parameters."""
     kinds = (bool, int, float)
-    return [{key: value for key, value in group.items() if isinstance(value, kinds)} for group in optimizer.param_groups]
+    own: dict[str, Any] = {
+        key: value for key, value in vars(optimizer).items() if isinstance(value, kinds) and key not in TORCHS
+    }
+    named: dict[Any, Any] = {
+        key: {name: one for name, one in value.items() if isinstance(one, kinds)}
+        for key, value in optimizer.state.items()
+        if not isinstance(key, Tensor) and isinstance(value, dict)
+    }
+    groups = [{key: value for key, value in group.items() if isinstance(value, kinds)} for group in optimizer.param_groups]
+    return [own, named, *groups]
+
+
+def _put_numbers(optimizer: torch.optim.Optimizer, numbers: list[dict[str, Any]]) -> None:
+    """Make them again what :func:`_numbers` found."""
+    own, named, *groups = numbers
+    vars(optimizer).update(own)
+    for key, values in named.items():
+        optimizer.state[key].update(values)  # type: ignore[index]  # torch lets names be keys, too
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        group.update(values)
+
+
+def _holds(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it keeps tensors elsewhere than in the state of its parameters: in groups, in attributes, or under a name."""
+    of_groups = (value for group in optimizer.param_groups for key, value in group.items() if key not in ("params", "lr"))
+    own = (value for key, value in vars(optimizer).items() if key not in TORCHS)
+    named = (value for key, value in optimizer.state.items() if not isinstance(key, Tensor))
+    return any(map(_has_tensor, (*of_groups, *own, *named)))
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_tensor, value.values()))
+    return any(map(_has_tensor, value)) if isinstance(value, (list, tuple)) else isinstance(value, Tensor)
 
 
 def on_one_device(tensors: list[Tensor]) -> bool:

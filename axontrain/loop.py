@@ -302,6 +302,7 @@ class Loop:
                 step = self._by_hand(batch)
             except BaseException:
                 clear_gradients(self.objective)  # or they would be a part of the next update
+                state.end_vetoes()
                 raise
         state.step += 1
         state.samples += size_of(batch)
@@ -425,8 +426,14 @@ class Loop:
 
     def _back(self, back: GoBack, run: Run, fit: tuple[Any, ...]) -> Run:
         """A hook has asked to go on from a checkpoint."""
+        if run.train.source is not None and run.train.source.once:
+            raise ConfigurationError(
+                f"train is an iterator, which cannot be read again from the batch of {back.path.name} on: give a function that "
+                f"returns one, or a Dataset"
+            ) from None
         self.restore(back.path)
         back.then()
+        runs.abandon(back.path, self.state.live())
         again = self._run(*fit, True)
         again.interrupt, again.terminated = run.interrupt, run.terminated  # if a signal came meanwhile
         return again

@@ -410,7 +410,10 @@ def _needs_closure(factory: Any) -> bool:
 def _check_options(factory: Any, name: str, options: Mapping[str, Any], group: Selection | None = None) -> None:
     if not isinstance(factory, type):
         return
-    accepted = [p for p in inspect.signature(factory).parameters if p not in ("self", "params")]
+    parameters = inspect.signature(factory).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # it passes them on, and knows
+        return
+    accepted = [p for p in parameters if p not in ("self", "params")]
     for option in options:
         if option not in accepted:
             where = "" if group is None else f" in groups[{_shown(group)}]"

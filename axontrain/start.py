@@ -124,6 +124,11 @@ class Start:
                 f"callbacks has {' and '.join(map(repr, savers))}, and each would prune what the other keeps: one does all, "
                 f"ax.Checkpoint(every=..., keep_last=..., best=..., permanent=...)"
             )
+        if stream.source is not None and stream.source.once and any(getattr(one, "rollback", None) for one in callbacks):
+            raise ConfigurationError(
+                "SpikeGuard(rollback=...) reads batches again, and train is an iterator, which is read once: give a function "
+                "that returns one, or a Dataset"
+            )
         if modes.asleep(self.state.objective):
             warn(f"{modes.ASLEEP}, unless that is meant")
         if cut is not None:

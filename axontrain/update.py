@@ -78,6 +78,7 @@ class Update:
         self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.not_finite: Tensor | None = None  # of the last update: above 0 if it was that which it was skipped for
+        self.all_skipped: Tensor | None = None  # above 0 if all updates were, since somebody made it None
         self.veto: Tensor | None = None  # of the step in hand: above 0 if somebody wants it skipped, whatever it is
         self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
         self.scale = 1.0
@@ -138,6 +139,8 @@ class Update:
             A scalar float tensor: above 0 if the update was skipped.
         """
         self._make_room()
+        if loss.ndim:
+            loss = loss.reshape(())
         gradients = self._gradients(loss)
         if not gradients:
             return self._without_gradients(loss)
@@ -187,6 +190,7 @@ class Update:
         self._pending.append(Done(self._number(), flag, skip, loss, terms))
         self.steps += 1
         self.flag, self.not_finite = skip, flag
+        self.all_skipped = skip if self.all_skipped is None else torch.minimum(self.all_skipped, skip)
         return skip
 
     def _without_gradients(self, loss: Tensor) -> Tensor:
@@ -307,6 +311,8 @@ class Update:
             self._set.add("lr")
         for group in groups:
             group.update(options)
+        for guard in self._guards:
+            guard.forget()
         self._set |= {*options}
 
     def state_dict(self) -> dict[str, Any]:
@@ -514,7 +520,7 @@ class Update:
     def _checked(self, tensors: list[Tensor]) -> Tensor:
         device = tensors[0].device
         if tensors[0].dtype is torch.bfloat16:  # for which the kernel below is missing on CUDA
-            largest = torch.stack(torch._foreach_norm(tensors, math.inf))
+            largest = torch.stack(torch._foreach_norm([tensor for tensor in tensors if tensor.numel()], math.inf))
             return (~torch.isfinite(largest)).any().float()
         # One kernel over all gradients; made for GradScaler, and with a scale of one it changes nothing.
         one = self._ones.get(device)
@@ -532,8 +538,8 @@ class Update:
             if p.grad is not None and not bool(torch.isfinite(p.grad._values() if p.grad.is_sparse else p.grad).all())
         ]
         where = f"; gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not finite" if bad else ""
-        told = f"step {step}: {_terms(loss, terms)}{where}; nothing was updated (on_nonfinite='raise')"
-        return NonFiniteError(told, [step])
+        by = f"nothing was updated by the optimizer {self.name!r} (on_nonfinite='raise')"
+        return NonFiniteError(f"step {step}: {_terms(loss, terms)}{where}; {by}", [step])
 
     def _grouped(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """The names of an optimizer's parameters, group by group."""
@@ -542,6 +548,11 @@ class Update:
 
     def _part_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         names = {id(p): name for name, p in self.parameters.items()}
+        if others := [key for key in optimizer.state if id(key) not in names and optimizer.state[key]]:
+            raise CheckpointError(
+                f"the optimizer {self.name!r} ({type(optimizer).__name__}) keeps a state under {str(others[0])[:40]!r}, which "
+                f"is none of its parameters: what is saved is by parameter; keep it there, or in its groups"
+            )
         return {
             "kind": type(optimizer).__name__,
             "state": {

@@ -27,7 +27,8 @@ class _Switch(Callback):
 
     def before_fit(self, state: LoopState) -> Answer:
         """Bring the parameters to what they are at this point of the run."""
-        reached = self.at.measure(state) >= self.at.amount
+        acted = self.cadences["before_batch"].fired > 0  # where progress counts from 0 again, as in a second fit
+        reached = acted or self.at.measure(state) >= self.at.amount
         self._set(state, self.trained_before != reached)
         return None
 
@@ -52,7 +53,7 @@ class Unfreeze(_Switch):
 
     Args:
         params: a pattern over parameter names, or several: "backbone.*".
-        at: a duration since the run began: "5 epochs", "25%", or a number of steps.
+        at: a duration since the run began: "5 epochs", a number of steps, or "25%" of the fit that first gets there.
 
     >>> Unfreeze("backbone.*", "2 epochs").at
     Duration(amount=Fraction(2, 1), unit='epochs')

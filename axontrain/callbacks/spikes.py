@@ -67,7 +67,8 @@ class SpikeGuard(Callback):
         self.left_out: list[list[int]] = []  # first and last of steps that are done without an update, counted from 0
         self.times = 0  # so often it went back
         self._usual: Tensor | None = None  # mean, variance, losses seen, leaps in a row
-        self._found: list[tuple[int, Tensor]] = []  # step; leapt, loss, mean, deviation, leaps in a row
+        self._found: list[tuple[int, Tensor]] = []  # since the last look: step; leapt, loss, mean, deviation, leaps in a row
+        self._told = 0  # of those
         self._step = -1
 
     def __repr__(self) -> str:
@@ -118,25 +119,30 @@ class SpikeGuard(Callback):
         return self._read(state) if state.step % self.look == 0 else None
 
     def after_fit(self, state: LoopState) -> Answer:
-        """Tell of the rest."""
-        self._tell(self._taken())
+        """Tell of the rest; what it comes to is for the next look, if the run goes on."""
+        self._tell(self._values())
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is usual, and which updates are left out."""
-        return {"usual": self._usual, "left_out": [list(steps) for steps in self.left_out], "times": self.times}
+        """What is usual, which updates are left out, and what was not looked at yet."""
+        found = {"steps": [step for step, _ in self._found], "told": self._told}
+        values = torch.stack([values for _, values in self._found]) if self._found else None
+        left_out = [list(steps) for steps in self.left_out]
+        return {"usual": self._usual, "left_out": left_out, "times": self.times, "found": found, "values": values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self._usual, self.times, self._found = state["usual"], state["times"], []
+        self._usual, self.times, self._told = state["usual"], state["times"], state["found"]["told"]
+        values = [] if state["values"] is None else state["values"].unbind()
+        self._found = list(zip(state["found"]["steps"], values, strict=True))
         self.left_out = [[int(first), int(last)] for first, last in state["left_out"]]
 
-    def _taken(self) -> list[tuple[int, list[float]]]:
-        found, self._found = self._found, []
-        values = torch.stack([values for _, values in found]).tolist() if found else []
-        return [(step, of_step) for (step, _), of_step in zip(found, values, strict=True)]
+    def _values(self) -> list[tuple[int, list[float]]]:
+        values = torch.stack([values.cpu() for _, values in self._found]).tolist() if self._found else []
+        return [(step, of_step) for (step, _), of_step in zip(self._found, values, strict=True)]
 
     def _tell(self, found: list[tuple[int, list[float]]]) -> None:
+        found, self._told = found[self._told :], len(found)
         leaps = [
             f"step {step + 1}: {loss:.4g}, where {m:.4g} ± {d:.2g} is usual" for step, (leapt, loss, m, d, _) in found if leapt
         ]
@@ -145,8 +151,9 @@ class SpikeGuard(Callback):
             warn(f"SpikeGuard left out {len(leaps)} update{'s' if len(leaps) > 1 else ''}: {'; '.join(leaps[:3])}{more}")
 
     def _read(self, state: LoopState) -> Answer:
-        found = self._taken()
+        found = self._values()
         self._tell(found)
+        self._found, self._told = [], 0
         if self.rollback is None:
             return None
         rows = [(step, int(row)) for step, (*_, row) in found if row >= self.rollback]
@@ -175,5 +182,7 @@ class SpikeGuard(Callback):
     @staticmethod
     def _checkpoint(state: LoopState, before: int) -> Any:
         assert state.directory is not None  # or it was refused
-        there = [entry for entry in runs.entries(state.directory) if entry.step <= before]
+        begun = 0 if state.plan is None else state.plan.start_step  # at which the state is still of the fit before
+        there = [entry for entry in runs.entries(state.directory) if begun <= entry.step <= before]
+        there = [entry for entry in there if entry.step > begun or not begun]
         return next((entry.path for entry in reversed(there) if runs.verified(entry)), None)

@@ -311,6 +311,16 @@ def _not_looked_at(path: Path, error: OSError) -> str:
     return f"{path} could not be looked at, which says nothing of it: {error}"
 
 
+def abandon(path: Path, tree: Any) -> None:
+    """Go back to a checkpoint for good: those that were written after it are removed, and it holds the state that goes on."""
+    told = files.about(path)
+    number = told.get("number", 0)
+    for entry in entries(path.parent):
+        if entry.path != path and entry.number > number:
+            _remove(entry.path)
+    files.write(path, tree, told)
+
+
 def sweep(directory: Path, name: str | None = None) -> list[str]:
     """Remove what saves that were killed have left in a run directory, all or those of one name; returns what it found.
 

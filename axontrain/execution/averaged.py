@@ -26,9 +26,10 @@ class Averaged:
             average.settle(self.state)
             average.begin()
             before.append(update.steps)
+            update.all_skipped = None
         step = self.run(batch)
         samples = batch_size(batch)
         for (update, average), steps in zip(self.averages, before, strict=True):
-            if update.steps != steps and update.flag is not None:
-                average.stepped(update.flag, samples)
+            if update.steps != steps and update.all_skipped is not None:
+                average.stepped(update.all_skipped, samples)
         return step

@@ -347,8 +347,13 @@ class Sums:
         """Keep the gradients of parts of weight zero out, without a look at the weight: zero times NaN is NaN."""
 
         def mask(gradient: Tensor) -> Tensor:
-            if self._alive is None or gradient.is_sparse:
+            if self._alive is None:
                 return gradient
+            if gradient.is_sparse:
+                values = torch.where(self._alive.to(gradient.device), gradient._values(), 0)
+                return torch.sparse_coo_tensor(
+                    gradient._indices(), values, gradient.shape, is_coalesced=gradient.is_coalesced()
+                )
             return torch.where(self._alive.to(gradient.device), gradient, 0)
 
         handles: list[Any] = [parameter.register_hook(mask) for parameter in self.parameters]  # type: ignore[no-untyped-call]

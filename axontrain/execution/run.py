@@ -231,6 +231,7 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            state.end_vetoes()  # of a step that was not done
             state.show_averages()
             run.batch = None
             for stream in (run.train, run.validation):

@@ -62,6 +62,13 @@ def _of_updates(
                 f"the optimizer {name!r} ({update.spec.name}) evaluates the loss by itself, several times a step: that goes "
                 f"with one optimizer and a train_step that returns a Step"
             )
+    raising = [name for name, update in state.optimizers.items() if update.spec.on_nonfinite == "raise"]
+    within = [name for name, update in state.optimizers.items() if isinstance(update, UpdateInBackward)]
+    if raising and within and not several:
+        raise ConfigurationError(
+            f"the optimizer {raising[0]!r} has on_nonfinite='raise', which promises that nothing was updated, and "
+            f"{within[0]!r} has in_backward=True, which has updated by then: leave one of them out"
+        )
     for name, update in state.optimizers.items():
         if isinstance(update, UpdateInBackward) and (cut is not None or after_backward is not None):
             what = (

@@ -366,5 +366,7 @@ class Counting(torch.optim.Optimizer):
 
 def test_an_algorithm_that_counts_in_its_groups_is_refused():
     loop = loop_of(net(), ax.Optimizer(Counting, lr=0.1, in_backward=True))
-    with pytest.raises(ax.ConfigurationError, match="Counting counts its steps in its groups"):
+    with pytest.raises(
+        ax.ConfigurationError, match="Counting counts its steps, or keeps tensors, for all its parameters together"
+    ):
         loop.fit(batches(2), epochs=1)
