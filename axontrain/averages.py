@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from axontrain.clock import Cadence, Clock, Duration, Every
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, unknown, warn
-from axontrain.guard import mixed, on_one_device
+from axontrain.guard import is_dense, mixed, on_one_device
 from axontrain.shown import NAME, plain
 
 
@@ -189,6 +189,7 @@ class Average:
         self.torn = False  # an exception came in the middle of copying
         self.folds = 0  # skipped ones too
         self.counted: Tensor | None = None  # how many were not: on the device, while a warm-up asks for it
+        self._own = {name: self._buffer(name) for name in self.buffers}  # what is in their places to begin with
         self._tensors = list(self.parameters.values())
         self._taken: list[bool] = []  # which parameters were trainable when it was last looked
         self._lists: tuple[list[Tensor], list[Tensor]] | None = None  # the live parameters and their averages
@@ -360,7 +361,12 @@ class Average:
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, live in self._live():
-            live.copy_(values[name])
+            if name in self.buffers and (live is not self._own.get(name) or not is_dense(live)):
+                # What a step has put in a buffer's place may be somebody's, as the batch; and some cannot be written.
+                owner, key = self.buffers[name]
+                owner._buffers[key] = values[name].to(device=live.device, dtype=live.dtype, copy=True)
+            else:
+                live.copy_(values[name])
 
 
 def check_raw(of: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -386,11 +392,12 @@ def buffers_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
         for name, part in module.named_modules()
         if (of_part := [id(p) for p in part.parameters()]) and own.issuperset(of_part)
     ]
-    found = {}
+    found, seen = {}, set()  # one that is in several places is averaged once
     for name, part in module.named_modules():
         if any(top in ("", name) or name.startswith(f"{top}.") for top in whole):
             for key, buffer in part._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
+                if buffer is not None and buffer.is_floating_point() and id(buffer) not in seen:
+                    seen.add(id(buffer))
                     found[f"{name}.{key}" if name else key] = (part, key)
     return found
 

@@ -281,7 +281,7 @@ class BufferGuard:
         owner, name = slot
         held = kept.held if kept.held is not None else kept.of
         alike = live is not None and held is not None and live.shape == held.shape and live.dtype == held.dtype
-        if alike and kept.dense and _is_dense(live):  # type: ignore[arg-type]  # alike: it is there
+        if alike and kept.dense and is_dense(live):  # type: ignore[arg-type]  # alike: it is there
             found = torch.where(skipped.to(live.device), held, live)  # type: ignore[union-attr, arg-type]
             if live is kept.of:
                 live.copy_(found)  # type: ignore[union-attr]
@@ -314,7 +314,7 @@ class Copy:
             self.of, self.held, self.version = other.of, other.held, other.version
             self.seen, self.dense = other.seen, other.dense
             return
-        dense = live is not None and _is_dense(live)
+        dense = live is not None and is_dense(live)
         if self.seen and live is self.of and (live is None or (self.is_of_now() and not (self.each_time and dense))):
             return
         self.of, self.seen, self.dense = live, live is None or not is_lazy(live), dense
@@ -339,7 +339,7 @@ COMMON = (
 )  # fmt: skip
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is one that torch can compare and write anew, wherever: neither sparse, quantized, nor expanded."""
     if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.dtype not in COMMON:
         return False

@@ -313,8 +313,10 @@ class LoopState:
             raise CheckpointError(
                 f"the saved state could not be taken, and all is as it was: {type(error).__name__}: {plain(error)}"
             ) from error
+        names = clean_names(self.objective)
+        dtypes = {name: value.dtype for name, clean in names.items() if isinstance(value := weights.get(clean), Tensor)}
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.load_state_dict(state["optimizers"][name], dtypes)
         self._load_weights(weights)
         for name, optimizer in self.optimizers.items():
             optimizer.load_average(state["optimizers"][name], training=self.status == "running")

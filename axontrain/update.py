@@ -397,8 +397,12 @@ class Update:
                         f"{key} of {name} in {of} is {tuple(value.shape)} in the saved one, {tuple(shape)} here"
                     )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Go on from what ``state_dict`` gave.
+
+        Args:
+            state: that.
+            dtypes: of the parameters when it was saved, by name: where one is another now, its state is turned into that.
 
         Raises:
             CheckpointError: if it is of other parameters or of another number of optimizers or schedules.
@@ -411,7 +415,7 @@ class Update:
             if all(one is other for one, other in zip(inner.param_groups, outer.param_groups, strict=False))
         ]
         for optimizer, part in zip(self._kept, state["optimizers"], strict=True):
-            self._load_part(optimizer, part)
+            self._load_part(optimizer, part, dtypes or {})
         for inner, outer in shared:  # torch puts new groups in place of those that were loaded
             inner.param_groups = outer.param_groups
         for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
@@ -567,7 +571,7 @@ class Update:
             ],
         }
 
-    def _load_part(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    def _load_part(self, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
         names = {id(p): name for name, p in self.parameters.items()}
         index = {name: i for i, name in enumerate(name for group in self._grouped(optimizer) for name in group)}
         groups, count = [], 0
@@ -586,6 +590,8 @@ class Update:
             for p in group["params"]:
                 for key, value in saved["state"].get(names[id(p)], {}).items():
                     if key != "step" and isinstance(value, Tensor):
+                        if value.dtype is dtypes.get(names[id(p)]) and value.dtype is not p.dtype:
+                            value = value.to(p.dtype)
                         optimizer.state[p][key] = _laid_out(value, p, fused=bool(group.get("fused")))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from axontrain import randomness
+from axontrain.guard import is_dense
 
 
 class Changing:
@@ -42,9 +43,11 @@ class Beginning:
             parameter.grad = None
         with torch.no_grad():
             for place, name, buffer, kept in self._buffers:
-                place[name] = buffer
-                if buffer is not None and kept is not None:
+                if buffer is not None and kept is not None and is_dense(buffer):
+                    place[name] = buffer
                     buffer.copy_(kept)
+                else:
+                    place[name] = None if kept is None else kept.clone()
         for metric, states, count in self._metrics:
             for name, value in _copied(states).items():
                 setattr(metric, name, value)

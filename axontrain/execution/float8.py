@@ -43,10 +43,31 @@ def to_float8(module: nn.Module, device: torch.device) -> None:
         what = "this device" if device.type != "cuda" else torch.cuda.get_device_name(device)
         warn(f"precision='fp8': {what} has no float8, which is emulated: its rounding, and more time than 'bf16' takes")
     config = float8.Float8LinearConfig(emulate=emulate, pad_inner_dim=True)  # padded: a last batch is of any size
+    places = [(part, name, child) for part in module.modules() for name, child in part._modules.items() if child is not None]
     float8.convert_to_float8_training(
         module, module_filter_fn=lambda part, _: type(part) is nn.Linear and _fits(part), config=config
     )
+    swapped: dict[nn.Module, nn.Module] = {}
+    for part, name, child in places:  # one that is in several places, and what was hung on it
+        found = part._modules[name]
+        if found is not None and found is not child:
+            swapped.setdefault(child, found)
+    for part, name, child in places:
+        if child in swapped:
+            part._modules[name] = swapped[child]
+    for old, new in swapped.items():
+        for hooks in HOOKS:
+            if getattr(old, hooks, None):
+                setattr(new, hooks, getattr(old, hooks))
+
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 
 
 def _fits(part: nn.Linear) -> bool:
+    if "weight" not in part._parameters:  # it is computed from others, as by the older weight_norm
+        return False
     return part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from axontrain import randomness
 from axontrain.data.structure import tensors
@@ -222,16 +222,33 @@ def _values(tensor: Tensor) -> Tensor:
 def _finite(tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    return bool(torch.isfinite(tensor.detach()).all())
+    if is_traceable_wrapper_subclass(tensor):  # as of torchao's float8: what it holds is in other tensors
+        return all(map(_finite, _within(tensor)))
+    return bool(torch.isfinite(_wide(tensor)).all())
 
 
 def _has_nan(tensor: Tensor) -> bool:
-    return bool(torch.isnan(tensor.detach()).any())
+    if is_traceable_wrapper_subclass(tensor):
+        return any(map(_has_nan, _within(tensor)))
+    return tensor.is_floating_point() and bool(torch.isnan(_wide(tensor)).any())
+
+
+def _within(tensor: Any) -> list[Tensor]:
+    return [part for name in tensor.__tensor_flatten__()[0] if isinstance(part := getattr(tensor, name), Tensor)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Of float8, which torch does not look into, the same numbers in float32."""
+    tensor = tensor.detach()
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def _described(tensor: Tensor) -> str:
-    bad = ~torch.isfinite(tensor.detach())
-    nans, first = int(torch.isnan(tensor.detach()).sum()), tuple(bad.nonzero()[0].tolist())
+    if is_traceable_wrapper_subclass(tensor):
+        return " of ".join(_described(part) for part in _within(tensor) if not _finite(part))
+    wide = _wide(tensor)
+    bad = ~torch.isfinite(wide)
+    nans, first = int(torch.isnan(wide).sum()), tuple(bad.nonzero()[0].tolist())
     kinds = ((nans, "NaN"), (int(bad.sum()) - nans, "infinite"))
     told = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
     return f"{kind_of(tensor)} with {told} of {tensor.numel()}{f', the first at {first}' if first else ''}"
