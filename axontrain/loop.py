@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from axontrain.checkpoint import runs, schema
 from axontrain.clock import Every
 from axontrain.data.stream import DEFAULT_BATCH_SIZE
 from axontrain.data.structure import joined, to_device
-from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown, warn
+from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown, warn, whole
 from axontrain.execution import due, modes, passes
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
@@ -112,7 +113,8 @@ class Loop:
             name: in_backward.bound(name, self.optimizers[name], parameters, objective)
             for name, parameters in route(objective, self.optimizers).items()
         }
-        following = int(torch.randint(2**62, ())) if seed is None else seed
+        following = int(torch.randint(2**62, ())) if seed is None else whole("seed", seed, least=-(2**63))
+        seed = None if seed is None else following
         self.state = LoopState(objective, bound, following, Meter(self.metrics))
         self.state.history.precision = precision
         for update in bound.values():
@@ -206,7 +208,10 @@ class Loop:
         """
         reject(others, Loop.steps)
         fit = (train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit)
-        return self._stepping(self._run(*fit, resume), fit)
+        stepping = self._stepping(self._run(*fit, resume), fit)
+        # Who has left it early and still holds it at the program's end has left the run too: it is to be saved then.
+        weakref.finalize(stepping, _left, weakref.ref(stepping))
+        return stepping
 
     def _algorithm(self, run: Run) -> Iterator[Step]:
         """Train: the one algorithm that ``fit`` and ``steps`` run."""
@@ -468,3 +473,9 @@ class Loop:
             randomness.restore(caller)
             if left and run.terminated:  # nobody would hear of an error in a generator that is left
                 signal.raise_signal(signal.SIGTERM)
+
+
+def _left(stepping: weakref.ref[Any]) -> None:
+    """At the program's end: end a loop over steps that somebody holds."""
+    if (iterator := stepping()) is not None:
+        iterator.close()

@@ -7,10 +7,11 @@ A wrapper (``torch.compile``, ``DistributedDataParallel``, ...) puts a segment o
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from axontrain.errors import ConfigurationError
 
@@ -113,3 +114,19 @@ def _kept(module: nn.Module, name: str, wrappers: list[tuple[type, str]]) -> Ite
         if child is None or not any(isinstance(owner, wrapper) and segment == attribute for wrapper, attribute in wrappers):
             yield segment
         owner = child
+
+
+def torn(module: nn.Module, values: Mapping[str, Any]) -> str:
+    """What is wrong with values, by clean names, for parameters that are the same under several names; "" if nothing is."""
+    names = clean_names(module)
+    places: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if names.get(name) in values:
+            places.setdefault(id(parameter), []).append(names[name])
+    for same in places.values():
+        first = values[same[0]]
+        for other in same[1:]:
+            there = values[other]
+            if isinstance(first, Tensor) and isinstance(there, Tensor) and first is not there and not torch.equal(first, there):
+                return f"{same[0]} and {other} are one parameter here, and two that differ there"
+    return ""

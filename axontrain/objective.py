@@ -201,7 +201,7 @@ class Objective(nn.Module):
             weight = self.weight(batch)
         else:
             loss = self._weighted(predictions, targets, weights)
-            own = getattr(self.weight, "__func__", None) is not Objective.weight
+            own = getattr(self.weight, "__func__", None) not in (Objective.weight, Supervised.weight)
             weight = self.weight(batch) if own else _sum(weights)
         if isinstance(loss, Tensor):
             return Step(loss, predictions, targets, weight, sample_weights=weights)
@@ -348,6 +348,14 @@ class Supervised(Objective):
             if len(batch) == 2:
                 return batch[0], batch[1]
         return batch, batch
+
+    def weight(self, batch: Any) -> int | Tensor:
+        """Samples; where the loss takes class numbers, those of the targets that are not -100, which it leaves out."""
+        if self._name in INDEXED and isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
+            targets = batch[1]
+            if not targets.is_floating_point() and targets.dim():
+                return (targets != IGNORED).sum()
+        return super().weight(batch)
 
     def _weights(self, targets: Any, weights: Any = None) -> Any:
         """What each item counts: of the targets' shape where they are classes, else as the batch has it."""

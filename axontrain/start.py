@@ -17,8 +17,10 @@ from axontrain.callbacks.progress import ProgressBar
 from axontrain.checkpoint import runs, schema
 from axontrain.checkpoint.lock import DirectoryLock
 from axontrain.clock import Every, Plan
+from axontrain.data.loader import Loader
+from axontrain.data.protocol import is_array
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
-from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, warn
+from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, kind_of, warn
 from axontrain.execution import modes
 from axontrain.execution.microbatches import AutoCut, Cut, cut_of, look_at
 from axontrain.execution.precision import Precision
@@ -107,6 +109,15 @@ class Start:
             raise ConfigurationError("validate=None: to validate never, leave the validation data out")
         if not isinstance(resume, bool):
             raise ConfigurationError(f"resume={resume!r}: True or False; to go on from one checkpoint, loop.restore(path)")
+        if isinstance(validate, Loader) or (hasattr(validate, "__getitem__") and not isinstance(validate, str)):
+            raise ConfigurationError(
+                f"validate={kind_of(validate)}: it says when to validate, as '1 epoch'; the data are fit(train, validation)"
+            )
+        if is_array(train) and is_array(validation) and len(train) == len(validation) and _unlike(train, validation):
+            raise ConfigurationError(
+                f"fit({kind_of(train)}, {kind_of(validation)}): the second is data to validate on, of the same kind as the "
+                f"first; inputs and targets together are ax.ArrayDataset(inputs, targets)"
+            )
         every, plan = Every.parse(validate, "validate"), Plan.parse(epochs, steps, time)
         if plan.trains_nothing:
             warn("this fit trains nothing: a limit is 0")
@@ -311,6 +322,11 @@ class Start:
             self.state.attach(f"callback/{key}", one, replace=True)
 
 
+def _unlike(train: Any, validation: Any) -> bool:
+    """Whether arrays have other rows: those of data to validate on are as those of training."""
+    return tuple(train.shape[1:]) != tuple(validation.shape[1:]) or str(train.dtype) != str(validation.dtype)
+
+
 def _told(plan: Plan) -> str:
     limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_") and value is not None}
     return ", ".join(f"{name}={value}" for name, value in limits.items()) or "no limit"
@@ -327,6 +343,11 @@ def check_ready(state: LoopState) -> None:
         raise ConfigurationError("this Loop is running already: a hook of it cannot train with it too; use another Loop")
     if not state.optimizers:
         raise OptimizerError("this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)")
+    if not any(True for _ in state.objective.parameters()):
+        raise OptimizerError(
+            f"{type(state.objective).__name__} has no parameter, so there is nothing to train: layers are attributes of it, or "
+            f"in an nn.ModuleList or nn.Sequential; those in a plain list are not found"
+        )
     check_covered(state.objective, {name: update.parameters for name, update in state.optimizers.items()})
     averaged = any(update.average is not None for update in state.optimizers.values())
     lazy = [name for name, p in state.objective.named_parameters() if is_lazy(p)]

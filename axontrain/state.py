@@ -20,7 +20,7 @@ from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
 from axontrain.guard import BufferGuard
 from axontrain.history import History
 from axontrain.metrics.meter import Meter
-from axontrain.naming import clean_names
+from axontrain.naming import clean_names, torn
 from axontrain.objective import Step
 from axontrain.shown import NAME, plain
 from axontrain.update import Update
@@ -371,6 +371,8 @@ class LoopState:
         names = clean_names(self.objective)
         own = {names[key]: value for key, value in self.objective.state_dict().items()}
         _check_fit(own, saved, type(self.objective).__name__)
+        if fault := torn(self.objective, saved):
+            raise CheckpointError(f"the saved state is not of this {type(self.objective).__name__}: {fault}")
 
     def _load_weights(self, saved: Mapping[str, Any]) -> None:
         names = clean_names(self.objective)

@@ -471,9 +471,18 @@ class Update:
     def _set_scheduled_rates(self) -> None:
         if self._factor is None or self.clock is None:
             return
-        factor = float(self._factor(self.clock.progress)) * self.scale
+        factor = float(self._factor(self.clock.progress))
+        if not math.isfinite(factor):
+            raise self._no_rate(f"gave {factor} for the progress {self.clock.progress:g}")
+        factor *= self.scale
         for group in self._groups():
             _set_rate(group, float(group["initial_lr"]) * factor)
+
+    def _no_rate(self, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"step {self._number()}: the schedule of the optimizer {self.name!r} {what}. An update by it would spoil the "
+            f"weights; they are those from before"
+        )
 
     def _step_schedulers(self) -> None:
         # Some of torch's schedulers go on from the present rate, some from the base: each sees the rate that it has set.
@@ -482,6 +491,10 @@ class Update:
                 _set_rate(group, rate)
         for scheduler in self._schedulers:
             scheduler.step()
+            if any(
+                isinstance(group["lr"], float) and not math.isfinite(group["lr"]) for group in scheduler.optimizer.param_groups
+            ):
+                raise self._no_rate(f"({type(scheduler).__name__}) set a learning rate that is not finite")
         if self.scale != 1:
             self._unscaled = [float(group["lr"]) for group in self._groups()]
             for group, rate in zip(self._groups(), self._unscaled, strict=True):

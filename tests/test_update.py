@@ -1033,3 +1033,175 @@ def test_kernels_over_many_tensors_compute_what_those_over_one_do(name):
     for other in loops[1:]:
         for one, two in zip(loops[0].objective.parameters(), other.objective.parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-8)  # ASGD's own rates are float32
+
+
+class InGroups(torch.optim.Optimizer):
+    """Keeps a tensor in its groups, a number in an attribute, and a state under a name."""
+
+    def __init__(self, params, lr=0.01, named=False):
+        super().__init__(params, {"lr": lr, "v": torch.zeros(())})
+        self.count, self.named = 0, named
+
+    @torch.no_grad()
+    def step(self):
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    group["v"] = 0.9 * group["v"] + 0.1 * p.grad.norm()
+                    self.state[p].setdefault("seen", torch.zeros(())).add_(1)
+                    if self.named:
+                        self.state["shared"]["v"] = self.state["shared"].get("v", 0.0) + p.grad.norm()
+                    p.sub_(p.grad / (1 + group["v"]), alpha=group["lr"] / self.count)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("places", [(0,), (3, 4), (1, 6)])
+def test_what_an_optimizer_keeps_elsewhere_is_as_if_the_skipped_had_not_been(named, places):
+    spec, batches = ax.Optimizer(InGroups, lr=0.1, named=named), data(6)
+    plain = fitted(make(model(), spec), batches)
+    guarded = fitted(make(model(), spec), inserted(batches, places), skips=True)
+    assert torch.isfinite(guarded.objective.model[0].weight).all()
+    for one, other in zip(plain.objective.parameters(), guarded.objective.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert guarded.state.optimizers["main"].optimizers[0].count == 6
+
+
+def test_a_state_under_a_name_cannot_be_saved_and_says_so():
+    loop = fitted(make(model(), ax.Optimizer(InGroups, lr=0.1, named=True)), data(2))
+    with pytest.raises(ax.CheckpointError, match="keeps a state under 'shared', which is none of its parameters"):
+        loop.save()
+
+
+class NowAndThen(torch.optim.Optimizer):
+    """Counts in its groups every third step, for the first time in the third."""
+
+    def __init__(self, params, lr=0.01):
+        super().__init__(params, {"lr": lr, "k": 0})
+        self.calls = torch.zeros(())
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    steps = self.state[p].setdefault("steps", torch.zeros(()))
+                    steps += 1
+                    p.sub_(p.grad, alpha=group["lr"] / (1 + group["k"]))
+            group["k"] += int(steps) % 3 == 0
+
+
+@pytest.mark.parametrize("place", [1, 2, 3, 5])
+def test_numbers_that_are_counted_now_and_then_are_put_back(place):
+    spec, batches = ax.Optimizer(NowAndThen, lr=0.1), data(7)
+    plain = fitted(make(model(), spec), batches)
+    guarded = fitted(make(model(), spec), inserted(batches, (place,)), skips=True)
+    assert_same(learnt(guarded), learnt(plain))
+
+
+def test_a_buffer_that_is_somebodys_is_not_written_into():
+    class Last(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(5, 3)
+            self.register_buffer("last", torch.zeros(4, 5))
+
+        def predict(self, x):
+            self.last = x
+            return self.linear(x)
+
+        def loss(self, predictions, targets):
+            return F.cross_entropy(predictions, targets)
+
+    for average in (None, "ema"):
+        batches = inserted(data(4), (2,))
+        before = [(x.clone(), y.clone()) for x, y in batches]
+        loop = fitted(make(Last(), ax.Optimizer("sgd", lr=0.1, average=average)), batches, skips=True)
+        assert torch.isfinite(loop.objective.last).all()
+        for (x, _), (kept, _) in zip(batches, before, strict=True):
+            assert torch.equal(x.nan_to_num(), kept.nan_to_num())
+
+
+def test_one_buffer_in_many_places_is_copied_once():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            mask = torch.triu(torch.full((100, 100), float("-inf")), 1)
+            self.parts = nn.ModuleList(nn.Linear(5, 5) for _ in range(6))
+            for part in self.parts:
+                part.register_buffer("mask", mask)
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x) + part.mask[0, 0]
+            return self.out(x)
+
+    loop = make(Layers(), ax.Optimizer("adamw", lr=0.01, average="ema"))
+    fitted(loop, inserted(data(4), (2,)), skips=True)
+    loop.state.buffers.keep()
+    assert len({id(kept.held) for (_, name), kept in loop.state.buffers._copies.items() if name == "mask"}) == 1
+    assert sum("mask" in name for name in loop.state.optimizers["main"].average.average) == 1
+
+
+def test_momentum_that_is_switched_on_later_may_begin_with_a_skipped_update():
+    loops = []
+    for places in ((), (0,)):
+        loop = fitted(make(model(), ax.Optimizer("sgd", lr=0.1)), data(2))
+        loop.state.optimizers["main"].set(momentum=0.9)
+        loops.append(fitted(loop, inserted(data(4, seed=5), places), skips=bool(places)))
+    assert_same(learnt(loops[1]), learnt(loops[0]))
+
+
+def test_an_optimizer_that_passes_its_options_on_takes_them():
+    class Wrapped(torch.optim.SGD):
+        def __init__(self, params, lr, scale=1.0, **options):
+            super().__init__(params, lr=lr * scale, **options)
+
+    loop = fitted(make(model(), ax.Optimizer(Wrapped, lr=0.1, momentum=0.9, weight_decay=0.1)), data(3))
+    [group] = loop.state.optimizers["main"].optimizers[0].param_groups
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 0.1)
+
+
+@pytest.mark.parametrize("how", [{}, {"clip_norm": 1.0}, {"in_backward": True}], ids=str)
+def test_a_loss_of_one_element_is_a_loss(how):
+    class One(Halves):
+        def loss(self, predictions, targets):
+            return super().loss(predictions, targets)[None]
+
+    fitted(make(One(), ax.Optimizer("adamw", lr=0.01, **how)), data(3))
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_raise_beside_updates_within_backward_is_refused(within):
+    specs = {
+        "calm": ax.Optimizer("sgd", lr=0.1, in_backward=within),
+        "wild": ax.Optimizer("sgd", lr=0.1, params="wild", on_nonfinite="raise"),
+    }
+    loop = make(OnePart(1.0), specs)
+    words = "which promises that nothing was updated, and 'calm' has in_backward=True" if within else "gradients of wild"
+    with pytest.raises((ax.ConfigurationError, ax.NonFiniteError), match=words):
+        loop.fit(data(1), epochs=1)
+
+
+def test_of_several_updates_a_step_one_that_counts_moves_the_average():
+    class Twice(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Linear(5, 3)
+
+        def predict(self, x):
+            return self.net(x)
+
+        def train_step(self, batch):
+            yield "net", F.cross_entropy(self.net(batch[0]), batch[1])
+            yield "net", F.cross_entropy(self.net(batch[0]), batch[1]) * NAN
+
+    loop = make(Twice(), {"net": ax.Optimizer("sgd", lr=0.1, average=ax.averages.ema(0.5, warmup=False))})
+    with pytest.warns(ax.NonFiniteWarning):
+        loop.fit(data(4), epochs=1)
+    average = loop.state.optimizers["net"].average
+    assert not torch.equal(average.average["net.weight"], Twice().net.weight)

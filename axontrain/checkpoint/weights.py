@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from axontrain.checkpoint import directory, runs
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses
-from axontrain.naming import clean_names, cleanings
+from axontrain.naming import clean_names, cleanings, torn
 from axontrain.shown import plain, quoted
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")  # what files of torch.save are called, whatever they are
@@ -84,6 +84,8 @@ def load_weights(
     unexpected = [name for name in found if name not in wanted]
     faults = [fault for name in wanted if name in found and (fault := _fault(name, found[name], wanted[name]))]
     faults = [f"{len(faults)} of its tensors are of another kind: {_listed(faults)}"] if faults else []
+    if not faults and (fault := torn(module, found)):
+        faults = [fault]
     nothing = len(unexpected) == len(found)
     if strict or nothing:
         faults += [f"it lacks {_listed(map(quoted, missing))}"] if missing else []

@@ -213,7 +213,8 @@ class Stream:
         """What decides which batches there are, in plain values: to be kept with a state."""
         loader = self.loader
         data = self.data if loader is None else loader.dataset
-        of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit, "accumulate": self.accumulate}
+        of = {"kind": type(data).__name__, "batches": self.length, "limit": self.limit}
+        of["accumulate"] = None if self.accumulate == 1 else self.accumulate  # which is the same batches
         if loader is None:
             try:
                 return of | {"length": len(data)}

@@ -22,6 +22,11 @@ def moved(objective: Objective, device: torch.device) -> Objective:
     """The objective on that device; it is not touched where it is there already."""
     if all(tensor.device == device for tensor in (*objective.parameters(), *objective.buffers())):
         return objective
+    if meta := [name for name, tensor in (*objective.named_parameters(), *objective.named_buffers()) if tensor.is_meta]:
+        raise ConfigurationError(
+            f"{meta[0]} of the objective is on the meta device, and holds nothing: objective.to_empty(device=...), and weights "
+            f"into it, before the Loop"
+        )
     try:
         return objective.to(device)
     except (AssertionError, RuntimeError) as error:

@@ -352,7 +352,7 @@ class Sums:
             if gradient.is_sparse:
                 values = torch.where(self._alive.to(gradient.device), gradient._values(), 0)
                 return torch.sparse_coo_tensor(
-                    gradient._indices(), values, gradient.shape, is_coalesced=gradient.is_coalesced()
+                    gradient._indices(), values, gradient.shape, is_coalesced=gradient.is_coalesced(), check_invariants=False
                 )
             return torch.where(self._alive.to(gradient.device), gradient, 0)
 

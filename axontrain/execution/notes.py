@@ -51,6 +51,11 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
         if "float64" not in dtypes:
             yield f"the batch holds float64, the parameters are {', '.join(dtypes)}: convert the data, as by .float()"
+    if "backward through the graph a second time" in text:
+        yield (
+            "the engine runs backward on the loss that train_step returns: leave .backward() out of it; several losses are "
+            "yielded, as (optimizer_name, loss)"
+        )
     if "0D or 1D target" in text or "multi-target not supported" in text:
         yield "cross_entropy takes class numbers of shape (B,): for targets of shape (B, 1), squeeze them, as by .squeeze(-1)"
     wrong = (

@@ -228,9 +228,9 @@ class _OfClasses(torchmetrics.Metric):
     def _check(self) -> None:
         if count := int(self.strange):
             raise ValueError(
-                f"{count} of the targets are floats other than 0 and 1 (or than probabilities, which add up to 1 over "
-                "classes), and this metric is of classes: for numbers use mse, mae or r2; for several labels at once give "
-                "the Step targets.bool()"
+                f"{count} of the targets are floats that it cannot take for classes (neither 0 and 1, nor probabilities that "
+                "add up to 1 over classes), and this metric is of classes: for numbers use mse, mae or r2; for several labels "
+                "at once have targets of bool, in the data, or give the Step targets.bool()"
             )
 
 

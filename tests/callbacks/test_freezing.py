@@ -82,3 +82,19 @@ def test_wrong_input_is_told():
         ax.Freeze([3], 3)
     with pytest.raises(ax.ConfigurationError, match="has no unit"):
         ax.Unfreeze("*", "3")
+
+
+@pytest.mark.parametrize(("kind", "before"), [(ax.Unfreeze, False), (ax.Freeze, True)])
+def test_a_share_of_a_fit_is_of_the_first_that_gets_there(kind, before):
+    loop, seen = loop_of(kind("model.backbone.*", "50%"))
+    for _ in range(2):
+        loop.fit(TRAIN, epochs=2, batch_size=8)
+    assert moved(seen) == [before] * 5 + [not before] * 15
+
+
+def test_a_run_that_is_made_longer_does_not_freeze_again(tmp_path):
+    loop, _ = loop_of(ax.Unfreeze("model.backbone.*", "50%"), directory=tmp_path)
+    loop.fit(TRAIN, epochs=1, batch_size=8)
+    again, seen = loop_of(ax.Unfreeze("model.backbone.*", "50%"), directory=tmp_path)
+    again.fit(TRAIN, epochs=3, batch_size=8, resume=True)
+    assert all(moved(seen[1:]))

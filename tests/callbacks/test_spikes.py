@@ -1,5 +1,6 @@
 """SpikeGuard: leaps of the loss are left out, and where they go on the run goes back to before they began."""
 
+import contextlib
 import math
 import warnings
 from collections import deque
@@ -248,3 +249,76 @@ def test_what_it_cannot_judge_is_refused_before_training():
         ax.Loop(Twice(), specs, callbacks=[ax.SpikeGuard()], progress=False).fit(batches(3), epochs=1)
     with pytest.raises(ax.ConfigurationError, match="in_backward=True, which does not go with a callback's after_backward"):
         loop_of(ax.SpikeGuard(), in_backward=True).fit(batches(3), epochs=1)
+
+
+@pytest.mark.parametrize("step", [34, 38, 40, 41, 45, 52])
+@pytest.mark.parametrize("how", ["stop", "error"])
+def test_a_run_broken_off_around_a_rollback_ends_as_one_that_was_not(tmp_path, step, how):
+    """Leaps of the data itself, which come again; it is broken off before, within and after the way back."""
+    data = batches(80, outliers=range(31, 37))
+    fit = {"epochs": 1}
+
+    def made(directory):
+        guard = ax.SpikeGuard(rollback=5, margin=3, window=10, deviations=4, look=20)
+        return loop_of(guard, ax.Checkpoint(every="3 steps", keep_last=None), directory=directory), guard
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole, of_whole = made(tmp_path / "whole")
+        whole.fit(data, **fit)
+        assert of_whole.left_out == [[28, 36]]
+        broken, _ = made(tmp_path / "run")
+        seen = []
+
+        @broken.on("after_batch")
+        def stop(state):
+            seen.append(state.step)
+            if len(seen) == step and how == "error":  # which saves nothing
+                raise ArithmeticError
+            return ax.Stop("enough") if len(seen) == step else None
+
+        with contextlib.suppress(ArithmeticError):
+            broken.fit(data, **fit)
+        again, of_again = made(tmp_path / "run")
+        again.fit(data, **fit, resume=True)
+    assert (of_again.left_out, of_again.times) == (of_whole.left_out, of_whole.times)
+    assert_same(again, whole)
+
+
+def test_what_was_written_after_it_is_gone_once_it_went_back(tmp_path):
+    guard = ax.SpikeGuard(rollback=5, **GUARD)
+    loop = loop_of(Damage(33), guard, ax.Checkpoint(every="5 steps", keep_last=None), directory=tmp_path / "run")
+    there = []
+    loop.on("before_fit")(lambda state: there.append(sorted(path.name for path in state.directory.glob("step-*"))))
+    with pytest.warns(UserWarning, match="SpikeGuard"):
+        loop.fit(batches(60), epochs=1)
+    assert there[1] == [f"step-{step:09d}" for step in (5, 10, 15, 20, 25, 30)]
+
+
+def test_an_iterator_cannot_be_gone_back_in(tmp_path):
+    loop = loop_of(ax.SpikeGuard(rollback=5), directory=tmp_path / "run")
+    with pytest.raises(ax.ConfigurationError, match="train is an iterator, which is read once"):
+        loop.fit(iter(batches(5)), epochs=1)
+
+
+@pytest.mark.parametrize("how", ["before_batch", "error"])
+def test_a_skip_of_a_step_that_is_not_done_is_of_no_other(how):
+    loop, plain = loop_of(), loop_of()
+    data = batches(4)
+    if how == "error":
+        loop.state.skip(torch.ones(()))
+        with pytest.raises(RuntimeError):
+            loop.train_on_batch((data[0][0][:, :2], data[0][1]))
+    else:
+        asked = []
+
+        @loop.on("before_batch")
+        def stop(state):
+            if not asked:
+                asked.append(state.skip(torch.ones(())))
+                return ax.Stop("not now")
+
+        loop.fit(data, epochs=1)
+    loop.train_on_batch(data[0])
+    plain.train_on_batch(data[0])
+    assert_same(loop, plain)

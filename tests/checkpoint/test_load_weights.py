@@ -515,3 +515,41 @@ def test_nothing_is_imported_or_written(tmp_path):
         load_weights(net(2), file)
     assert set(sys.modules) == modules
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == listed
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_one_parameter_here_and_two_that_differ_there_is_an_error(tmp_path, strict):
+    def model(tied):
+        torch.manual_seed(int(tied))
+        net = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        if tied:
+            net[1].weight = net[0].weight
+        return net
+
+    apart, one = model(False), model(True)
+    path = saved(tmp_path / "apart.safetensors", apart)
+    with pytest.raises(CheckpointError, match=r"0\.weight and 1\.weight are one parameter here, and two that differ there"):
+        load_weights(one, path, strict=strict)
+    with torch.no_grad():
+        apart[1].weight.copy_(apart[0].weight)
+    load_weights(one, saved(path, apart), strict=strict)
+    assert torch.equal(one[0].weight, apart[0].weight)
+
+
+def test_a_state_of_two_that_differ_is_refused_by_a_loop_of_one():
+    class Words(ax.Objective):
+        def __init__(self, tied):
+            super().__init__()
+            self.words, self.out = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            if tied:
+                self.out.weight = self.words.weight
+
+        def predict(self, x):
+            return self.out(self.words(x))
+
+        def loss(self, predictions, targets):
+            return nn.functional.cross_entropy(predictions, targets)
+
+    apart, one = (ax.Loop(Words(tied), ax.Optimizer("sgd", lr=0.1), progress=False) for tied in (False, True))
+    with pytest.raises(CheckpointError, match="are one parameter here, and two that differ there"):
+        one.restore(apart.save(), only="objective")

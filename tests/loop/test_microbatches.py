@@ -659,3 +659,34 @@ def test_weights_of_whole_numbers_in_a_tensor_are_as_exact_as_others():
     parts, _ = gradients(Whole, batch, microbatch=5)
     for one, other in zip(whole[0], parts[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_a_part_of_weight_zero_with_sparse_gradients_adds_nothing():
+    """Token weights as a tensor: of a part that is all padding the loss is 0/0, and so are its gradients."""
+
+    class Words(ax.Objective):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.out = nn.Embedding(20, 4, sparse=sparse).double(), nn.Linear(4, 3).double()
+
+        def predict(self, words):
+            return self.out(self.words(words))
+
+        def loss(self, logits, targets):
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+        def weight(self, batch):
+            return (batch[1] != -1).sum()
+
+    made = torch.Generator().manual_seed(0)
+    words, targets = torch.randint(20, (8, 5), generator=made), torch.randint(3, (8, 5), generator=made)
+    targets[2:4] = -1
+    loops = []
+    for sparse, fit in ((False, {}), (True, {}), (True, {"microbatch": 2})):
+        loop = ax.Loop(Words(sparse), ax.Optimizer("sgd", lr=0.1), progress=False)
+        loop.fit([(words, targets)] * 3, epochs=1, **fit)
+        loops.append(loop)
+    for other in loops[1:]:
+        for one, two in zip(loops[0].objective.parameters(), other.objective.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)

@@ -1,6 +1,8 @@
 """Loops of one's own: train_on_batch and steps take the same steps as fit."""
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -182,3 +184,20 @@ def test_nothing_is_trained_before_the_first_step_is_asked_for():
     assert loop.state.step == 0
     next(steps)
     assert loop.state.step == 1
+
+
+def test_who_leaves_and_still_holds_the_steps_at_the_programs_end_has_saved(tmp_path):
+    script = f"""
+import torch
+import axontrain as ax
+torch.manual_seed(0)
+objective, optimizer = ax.Supervised(torch.nn.Linear(4, 1), "mse"), ax.Optimizer("sgd", lr=0.1)
+loop = ax.Loop(objective, optimizer, progress=False, directory={str(tmp_path)!r})
+steps = loop.steps(ax.ArrayDataset(torch.randn(64, 4), torch.randn(64, 1)), epochs=1, batch_size=8)
+for step in steps:
+    if loop.state.step == 3:
+        break
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000003"]

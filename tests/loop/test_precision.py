@@ -380,7 +380,11 @@ def test_in_float8_what_is_not_finite_is_skipped_and_found():
     with pytest.raises(ax.NonFiniteError, match="2 in a row") as caught:
         loop.fit([bad, bad], epochs=1)
     assert all(torch.equal(before[name], p) for name, p in loop.objective.named_parameters())
-    assert any("the batch" in note for note in caught.value.__notes__)
+    assert any("computed again: first not finite" in note for note in caught.value.__notes__)
+    found = ax.locate_nonfinite(loop, bad)
+    assert found is not None
+    good = (torch.zeros(8, 16), torch.zeros(8, dtype=torch.long))
+    assert ax.locate_nonfinite(loop, good) is None
 
 
 def test_in_float8_without_a_layer_that_fits_is_refused(monkeypatch):
@@ -390,3 +394,51 @@ def test_in_float8_without_a_layer_that_fits_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(ax.MissingExtraError, match=r"precision='fp8' needs torchao.*axontrain\[fp8\]"):
         ax.Loop(ax.Supervised(nn.Linear(16, 16), "mse"), ax.Optimizer("sgd", lr=0.1), precision="fp8", progress=False)
+
+
+def test_in_float8_a_layer_in_several_places_is_one_and_keeps_its_hooks():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    shared = nn.Linear(16, 16)
+    net = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(16, 2))
+    calls = []
+    shared.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match="emulated"):
+        loop = ax.Loop(ax.Supervised(net, "cross_entropy"), ax.Optimizer("sgd", lr=0.1), precision="fp8", progress=False)
+    first, last = loop.objective.model[0], loop.objective.model[2]
+    assert first is last
+    assert type(first).__name__ == "Float8Linear"
+    loop.fit(wide(16), epochs=1, batch_size=16)
+    assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+def test_in_float8_a_layer_whose_weight_is_computed_is_let_be():
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    net = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(16, 16)), nn.Linear(16, 16), nn.Linear(16, 2))
+    with pytest.warns(UserWarning, match="emulated"):
+        loop = ax.Loop(ax.Supervised(net, "cross_entropy"), ax.Optimizer("sgd", lr=0.1), precision="fp8", progress=False)
+    assert [type(part).__name__ for part in loop.objective.model] == ["Linear", "Float8Linear", "Linear"]
+    loop.fit(wide(16), epochs=1, batch_size=16)
+
+
+CHANGES = [("fp32", "bf16-true"), ("bf16-true", "fp32"), ("fp32", "fp64"), ("fp64", "fp32")]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=lambda value: value)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadam", "radam", "rmsprop", "adafactor", "muon", "lbfgs"])
+def test_a_run_that_goes_on_in_another_precision_has_its_state_in_that(tmp_path, optimizer, before, after):
+    def loop_in(precision):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 2, bias=False))
+        options = {"momentum": 0.9} if optimizer == "sgd" else {}
+        spec = ax.Optimizer(optimizer, lr=0.01, **options)
+        return ax.Loop(ax.Supervised(net, "cross_entropy"), spec, precision=precision, progress=False, directory=tmp_path)
+
+    loop_in(before).fit(table(), epochs=1, batch_size=16)
+    again = loop_in(after)
+    with pytest.warns(UserWarning, match="the precision: it was"):
+        again.fit(table(), epochs=2, batch_size=16, resume=True)
+    assert again.state.step == 8
+    assert all(torch.isfinite(p).all() for p in again.objective.parameters())

@@ -445,3 +445,94 @@ def test_parameters_without_a_shape_can_be_trained_but_neither_saved_nor_average
     net, loop = made(**how)
     net(batches()[0][0])
     loop.fit(batches(), epochs=1)
+
+
+@pytest.mark.parametrize("seed", ["3", 1.5, True, torch.tensor(3.0), None.__class__])
+def test_a_seed_that_could_not_be_saved_is_refused(seed):
+    with pytest.raises(ax.ConfigurationError, match=r"seed=.*a whole number"):
+        line_loop(seed=seed)
+
+
+def test_a_seed_of_numpy_is_a_seed():
+    loop = line_loop(seed=np.int64(3))
+    loop.fit(batches(), epochs=1)
+    again = line_loop()
+    again.restore(loop.save())
+    assert type(again.state.seed) is int
+
+
+def test_what_has_nothing_to_train_says_so():
+    class Listed(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(3, 1)]
+
+        def predict(self, x):
+            return self.layers[0](x)
+
+        def loss(self, predictions, targets):
+            return F.mse_loss(predictions, targets)
+
+    with pytest.raises(ax.OptimizerError, match=r"Listed has no parameter.*nn.ModuleList.*in a plain list are not found"):
+        line_loop(Listed()).fit(batches(), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("fit", "words"),
+    [
+        (lambda loop, x, y: loop.fit(ax.ArrayDataset(x, y), val=(x, y)), "'val'.*Perhaps validation= is meant"),
+        (lambda loop, x, y: loop.fit(ax.ArrayDataset(x, y), max_epochs=3), "'max_epochs'.*Perhaps epochs= is meant"),
+        (
+            lambda loop, x, y: loop.fit(ax.ArrayDataset(x, y), epochs=1, validate=ax.ArrayDataset(x, y)),
+            "it says when to validate",
+        ),
+        (
+            lambda loop, x, y: loop.fit(x, y, epochs=1),
+            r"fit\(Tensor\(24, 3\) float32, Tensor\(24, 1\) float32\): the second is data",
+        ),
+    ],
+)
+def test_what_other_frameworks_call_it_leads_to_what_is_meant(fit, words):
+    with pytest.raises(ax.AxonError, match=words):
+        fit(line_loop(), *table())
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_schedule_that_is_not_finite_is_named_and_spoils_nothing(step):
+    def schedule(progress):
+        return 1.0 if progress < (step - 0.5) / 6 else float("nan")
+
+    def torchs(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1.0 if done < step - 1 else float("inf"))
+
+    for one in (schedule, torchs):
+        loop = ax.Loop(ax.Supervised(nn.Linear(3, 1), "mse"), ax.Optimizer("sgd", lr=0.1, schedule=one), progress=False)
+        with pytest.raises(ax.ConfigurationError, match=r"the schedule of the optimizer 'main'.*would spoil the weights"):
+            loop.fit(batches(), epochs=1)
+        assert all(torch.isfinite(p).all() for p in loop.objective.parameters())
+
+
+def test_a_backward_of_ones_own_is_told_that_the_engine_does_it():
+    class Own(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+        def predict(self, x):
+            return self.net(x)
+
+        def train_step(self, batch):
+            loss = F.mse_loss(self.net(batch[0]), batch[1])
+            loss.backward()
+            return ax.Step(loss)
+
+    with pytest.raises(RuntimeError, match="a second time") as caught:
+        line_loop(Own()).fit(batches(), epochs=1)
+    assert "leave .backward() out of it" in notes(caught)
+
+
+def test_a_model_on_the_meta_device_is_named():
+    with torch.device("meta"):
+        net = nn.Linear(3, 1)
+    with pytest.raises(ax.ConfigurationError, match=r"model\.weight of the objective is on the meta device.*to_empty"):
+        line_loop(ax.Supervised(net, "mse"))

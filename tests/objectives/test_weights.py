@@ -590,3 +590,33 @@ def test_a_step_reads_nothing(case, monkeypatch):
         for method in ("tolist", "numpy", "item", "__bool__", "__int__", "__float__"):
             patch.setattr(torch.Tensor, method, refuse)
         objective.train_step((x, y, torch.rand(ROWS))).loss.backward()
+
+
+@pytest.mark.parametrize("shape", [(12,), (12, 5)])
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_what_the_loss_leaves_out_is_no_item(shape, size):
+    """Targets of -100: the means are over the others, as torch's is, and so are the gradients of parts."""
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=made, dtype=torch.float64)
+    y = torch.randint(3, shape, generator=made)
+    y[torch.rand(shape, generator=made) < 0.5] = -100
+    y[:size] = -100  # a whole part
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(4, 3 * (1 if len(shape) == 1 else 5)).double()
+
+        def forward(self, inputs):
+            return self.linear(inputs).view(len(inputs), 3, *shape[1:])
+
+    data = ax.ArrayDataset(x, y)
+    loops = [ax.Loop(ax.Supervised(Net(), "cross_entropy"), ax.Optimizer("sgd", lr=0.1), progress=False) for _ in range(3)]
+    loops[0].fit([(x, y)], epochs=1)
+    loops[1].fit([(x, y)], epochs=1, microbatch=size)
+    for one, other in zip(loops[0].objective.parameters(), loops[1].objective.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    whole = F.cross_entropy(loops[2].objective.predict(x), y).item()
+    batches = [part for part in ax.Loader(data, 4) if (part[1] != -100).any()]
+    assert loops[2].evaluate(batches)["loss"] == pytest.approx(whole)
