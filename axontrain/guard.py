@@ -23,10 +23,11 @@ from axontrain.errors import ConfigurationError
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
 # Attributes of every optimizer, which say nothing of what a step changes.
-TORCHS = {
-    *vars(torch.optim.SGD([torch.zeros(1)], lr=0.1)),
-    *("_opt_called", "_step_count", "_warned_capturable_if_run_uncaptured", "found_inf", "grad_scale", "step"),
-}
+TORCHS = (
+    "defaults", "param_groups", "state", "step", "found_inf", "grad_scale", "_opt_called", "_step_count",
+    "_warned_capturable_if_run_uncaptured", "_zero_grad_profile_name", "_step_supports_amp_scaling",
+    "_need_device_dtype_check_for_fused",
+)  # fmt: skip
 # Buffers of so many elements cost less to keep than to ask about.
 SMALL_BUFFER = 4096
 

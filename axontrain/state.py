@@ -75,9 +75,8 @@ class LoopState:
         self.epoch_length: int | None = None
         self.meter = train_meter
         self.newest = 0  # the number of the last checkpoint of the directory that this run has written or gone on from
-        self.rng: dict[str, Any] | randomness.Snapshot | None = (
-            None  # the run's own random stream, and whether it is the global one just now
-        )
+        # The run's own random stream, and whether it is the global one just now.
+        self.rng: dict[str, Any] | randomness.Snapshot | None = None
         self.drawing = False
         self.buffers: BufferGuard | None = None  # of the steps of the present fit, or by hand
         self.request: Stop | StopEpoch | None = None
