@@ -52,6 +52,7 @@ QUIET = ("os.listdir", "os.scandir", "glob.glob", "pathlib.Path.glob", "object._
 def hook(event, arguments):
     if event == "open":
         path, mode, flags = arguments
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path  # of what is open already
         written = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC)
         if not written and not (mode and set(mode) & set("wax+")) and Path(path).is_relative_to(Path(good).parent):
             return
