@@ -34,16 +34,14 @@ class EMA:
         """Its arguments in plain values."""
         return [self.kind, self.decay, None if self.over is None else str(self.over), self.warmup]
 
-    def share(self, samples: int, folds: int | Tensor) -> float | Tensor:
-        """The share of the new weights in the average, after a step of so many samples and so many steps before.
-
-        Of a number it is a number, of a scalar tensor a scalar tensor.
-        """
+    def share(self, samples: int, folds: int) -> float:
+        """The share of the new weights in the average, after a step of so many samples and so many steps before."""
         decay = self._decay(samples)
-        if not self.warmup:
-            return 1 - decay
-        warming = (1 + folds) / (10 + folds)
-        return 1 - (warming.clamp_max(decay) if isinstance(warming, Tensor) else min(decay, warming))
+        return 1 - (min(decay, (1 + folds) / (10 + folds)) if self.warmup else decay)
+
+    def warm_share(self, samples: int, ninths: Tensor) -> Tensor:
+        """The same in the warm-up, of a scalar tensor (10 + steps) / 9: 1 - (1 + n) / (10 + n) = 9 / (10 + n)."""
+        return ninths.reciprocal().clamp_min(1 - self._decay(samples))
 
     def warms(self, folds: int) -> bool:
         """Whether it has to be known how many of so many steps were skipped, to tell the share.
@@ -188,7 +186,7 @@ class Average:
         self.raw: dict[str, Tensor] | None = None  # of those names, while the module holds the average
         self.torn = False  # an exception came in the middle of copying
         self.folds = 0  # skipped ones too
-        self.counted: Tensor | None = None  # how many were not: on the device, while a warm-up asks for it
+        self.counted: Tensor | None = None  # (10 + those that were not) / 9, on the device, while a warm-up asks for it
         self._own = {name: self._buffer(name) for name in self.buffers}  # what is in their places to begin with
         self._tensors = list(self.parameters.values())
         self._taken: list[bool] = []  # which parameters were trainable when it was last looked
@@ -204,9 +202,10 @@ class Average:
             return
         if self.counted is None:
             dtype = torch.float32 if flag.device.type == "mps" else torch.float64
-            self.counted = torch.tensor(float(self.folds), dtype=dtype, device=flag.device)
-        self._fold(self.spec.share(samples, self.counted), flag)
-        self.counted.add_(flag.to(self.counted.device) == 0)
+            self.counted = torch.tensor((10 + self.folds) / 9, dtype=dtype, device=flag.device)
+        counts = flag.to(self.counted.device) == 0
+        self._fold(self.spec.warm_share(samples, self.counted) * counts)
+        self.counted.add_(counts, alpha=1 / 9)
 
     def begin(self) -> None:
         """Before a step: an average that has to know the first weights takes them; so it does of what was thawed."""

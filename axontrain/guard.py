@@ -70,13 +70,13 @@ class Guard:
             self._read(flag)
             return
         before = None if self.zeros else _numbers(self.optimizer)
-        if self.kept is None or not self.kept.still():
+        if self.kept is None or not (self.zeros or self.kept.still()):  # torch's own keep their tensors
             self.kept = Kept(self.optimizer, parameters)
         else:
             self.kept.keep()
         self.optimizer.step()
         self.kept.put_back(flag)
-        if self.kept.grew():
+        if self.kept.grew(whole=not self.zeros):
             self.kept.clear(flag)
             self.kept = None
         if before is not None and _numbers(self.optimizer) != before:  # it counts now and then
@@ -169,7 +169,7 @@ class Kept:
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
         self.optimizer, self.parameters = optimizer, parameters
-        self.slots = self._slots()
+        self.slots, self.states = self._slots(), len(optimizer.state)
         self.live = self._live()
         self.kept = [tensor.detach().clone() for tensor in self.live]
 
@@ -205,9 +205,9 @@ class Kept:
             elif skipped.item():
                 state[key] = kept.clone()
 
-    def grew(self) -> bool:
-        """Whether the step made state that was not there before."""
-        return len(self._slots()) != len(self.slots)
+    def grew(self, *, whole: bool) -> bool:
+        """Whether the step made state that was not there before; unless ``whole``, of parameters that had none."""
+        return len(self._slots()) != len(self.slots) if whole else len(self.optimizer.state) != self.states
 
     @torch.no_grad()
     def clear(self, flag: Tensor) -> None:
@@ -264,18 +264,17 @@ class BufferGuard:
 
     def put_back(self, flag: Tensor) -> None:
         """After the update: where it was skipped, the buffers are again what they were."""
-        skipped = None
+        changed = [(slot, kept) for slot, kept in self._copies.items() if kept.may_have_changed(_buffer(slot))]
+        if not changed:
+            return
+        skipped = flag > 0
         with torch.no_grad():
-            for slot, kept in self._copies.items():
+            for slot, kept in changed:
                 live = _buffer(slot)
-                if live is kept.of and kept.seen and kept.is_of_now():
-                    if not kept.each_time or live is None or not kept.dense:
-                        continue  # the step left it alone
-                    if slot in self._unseen:
-                        changed = torch.ne(live, kept.held).any().float()  # type: ignore[arg-type]  # a dense one is held
-                        before = self._unseen[slot]
-                        self._unseen[slot] = changed if before is None else torch.maximum(before, changed)
-                skipped = flag > 0 if skipped is None else skipped
+                if slot in self._unseen and live is kept.of and kept.is_of_now():
+                    found = torch.ne(live, kept.held).any().float()  # type: ignore[arg-type]  # a dense one is held
+                    before = self._unseen[slot]
+                    self._unseen[slot] = found if before is None else torch.maximum(before, found)
                 self._restore(slot, live, kept, skipped)
 
     def _restore(self, slot: Slot, live: Tensor | None, kept: Copy, skipped: Tensor) -> None:
@@ -326,6 +325,12 @@ class Copy:
             self.held = self.held.copy_(live) if self.held.device == live.device else live.clone()
         else:
             self.held = live.clone()
+
+    def may_have_changed(self, live: Tensor | None) -> bool:
+        """Whether the step may have changed the buffer, which is ``live`` now."""
+        if live is not self.of:
+            return True
+        return live is not None and (not self.seen or (self.each_time and self.dense) or not self.is_of_now())
 
     def is_of_now(self) -> bool:
         """Whether the buffer's version is still that of the copy."""

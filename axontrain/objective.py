@@ -350,12 +350,15 @@ class Supervised(Objective):
         return batch, batch
 
     def weight(self, batch: Any) -> int | Tensor:
-        """Samples; where the loss takes class numbers, those of the targets that are not -100, which it leaves out."""
+        """Samples; of class numbers for tokens or pixels, (B, ...), those that are not -100, which the loss leaves out.
+
+        To count those of targets (B,) would cost every step of a plain classifier: where some are -100, override this.
+        """
         if self._name in INDEXED and isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor):
             targets = batch[1]
-            if not targets.is_floating_point() and targets.dim():
+            if targets.dim() > 1 and not targets.is_floating_point():
                 return (targets != IGNORED).sum()
-        return super().weight(batch)
+        return batch_size(batch)
 
     def _weights(self, targets: Any, weights: Any = None) -> Any:
         """What each item counts: of the targets' shape where they are classes, else as the batch has it."""

@@ -19,7 +19,7 @@ from axontrain.data.iterables import AT_HAND, Source, is_iterable
 from axontrain.data.loader import Loader
 from axontrain.data.mixture import Mixture
 from axontrain.data.protocol import is_array, is_dataset, reject_frame
-from axontrain.data.structure import signature, to_device
+from axontrain.data.structure import signature, to_device, trailing
 from axontrain.data.transfer import ahead
 from axontrain.errors import BatchMismatchError, ConfigurationError, DataError, EmptyDataError, kind_of, whole
 from axontrain.objective import Accumulated, task_of
@@ -249,7 +249,11 @@ class Stream:
         return EmptyDataError(f"{self.name} gave no batch: {why}")
 
     def _checked(self, batches: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:
+        known: Any = None  # what the last batch was, where that is quick to tell
         for index, batch in enumerate(batches, start):
+            if known is not None and trailing(batch) == known:
+                yield batch
+                continue
             task = task_of(batch)
             now = signature(batch if task is None else batch.batch)
             first = self._first.get(task)
@@ -268,6 +272,7 @@ class Stream:
                     f"shape: expected {_written(first)}, got {_written(now)}. "
                     f"Pad or collate it to one shape, or pass strict=False to the Loop if this is meant."
                 )
+            known = trailing(batch)
             yield batch
 
 

@@ -134,6 +134,22 @@ def signature(batch: Any) -> list[str]:
     return found
 
 
+def trailing(batch: Any) -> list[tuple[int, torch.Size]] | None:
+    """The dimensions and trailing shapes of a tuple of tensors, which are quick to compare; None of anything else.
+
+    >>> trailing((torch.zeros(4, 3), torch.zeros(4)))
+    [(2, torch.Size([3])), (1, torch.Size([]))]
+    """
+    if type(batch) is not tuple:
+        return None
+    found = []
+    for part in batch:
+        if not isinstance(part, Tensor):
+            return None
+        found.append((part.dim(), part.shape[1:]))
+    return found
+
+
 def _describe(value: Any, path: str, found: list[str]) -> None:
     if isinstance(value, Tensor) or hasattr(value, "shape"):
         rest = ", ".join(map(str, value.shape[1:]))

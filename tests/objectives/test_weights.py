@@ -592,7 +592,7 @@ def test_a_step_reads_nothing(case, monkeypatch):
         objective.train_step((x, y, torch.rand(ROWS))).loss.backward()
 
 
-@pytest.mark.parametrize("shape", [(12,), (12, 5)])
+@pytest.mark.parametrize("shape", [(12, 5), (12, 2, 3)])
 @pytest.mark.parametrize("size", [3, 5, 7])
 def test_what_the_loss_leaves_out_is_no_item(shape, size):
     """Targets of -100: the means are over the others, as torch's is, and so are the gradients of parts."""
@@ -606,7 +606,7 @@ def test_what_the_loss_leaves_out_is_no_item(shape, size):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.linear = nn.Linear(4, 3 * (1 if len(shape) == 1 else 5)).double()
+            self.linear = nn.Linear(4, 3 * math.prod(shape[1:])).double()
 
         def forward(self, inputs):
             return self.linear(inputs).view(len(inputs), 3, *shape[1:])
