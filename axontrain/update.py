@@ -34,6 +34,7 @@ from axontrain.shown import NAME, plain
 MOST_PENDING = 1024
 # The scale of losses may have to be halved so often before gradients fit in float16: from 2^16 down to below 1.
 HALVINGS = 20
+ALL = "all"
 # Options of torch's optimizers that say which kernel computes, and not what.
 KERNEL = ("fused", "foreach", "capturable", "differentiable")
 
@@ -92,7 +93,7 @@ class Update:
         self._pending: list[Done] = []
         self._ones: dict[torch.device, Tensor] = {}
         # Of the gradients that are there: whether one kernel can look through them all, and whether any is sparse.
-        self._looked_at: list[bool] = []
+        self._looked_at: list[bool] | str = []
         self._alike = self._sparse = False
         self._factor: Callable[[float], float] | None = None
         self._schedulers: list[LRScheduler] = []
@@ -178,7 +179,7 @@ class Update:
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         every = [p.grad for p in self.tensors]
         gradients = [gradient for gradient in every if gradient is not None]
-        there = [gradient is not None for gradient in every]
+        there = ALL if len(gradients) == len(every) else [gradient is not None for gradient in every]
         if gradients and there != self._looked_at:
             self._looked_at = there
             self._look_at(gradients, loss)
@@ -190,7 +191,8 @@ class Update:
         self._pending.append(Done(self._number(), flag, skip, loss, terms))
         self.steps += 1
         self.flag, self.not_finite = skip, flag
-        self.all_skipped = skip if self.all_skipped is None else torch.minimum(self.all_skipped, skip)
+        if self.average is not None:
+            self.all_skipped = skip if self.all_skipped is None else torch.minimum(self.all_skipped, skip)
         return skip
 
     def _without_gradients(self, loss: Tensor) -> Tensor:

@@ -56,13 +56,6 @@ class OneLoss:
             self.after_backward(self.state)
         if not self.updating:
             return step
-        try:
-            return self._updated(step)
-        finally:
-            if self.state.vetoed:
-                self.state.end_vetoes()
-
-    def _updated(self, step: Step) -> Step:
         loss = step.loss
         try:
             for look in self.looks:  # before any of them updates
@@ -76,6 +69,8 @@ class OneLoss:
             raise
         if self.buffers is not None:
             self.buffers.put_back(step.skipped)  # type: ignore[arg-type]  # there is at least one update
+        if self.state.vetoed:
+            self.state.end_vetoes()
         return step
 
 
