@@ -289,6 +289,11 @@ class Plan:
         """The limits, and where it began."""
         return asdict(self)
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What ends it, by name; None where that does not."""
+        return {"epochs": self.epochs, "steps": self.steps, "seconds": self.seconds}
+
     @classmethod
     def parse(cls, epochs: Any, steps: Any, time: Any) -> Plan:
         """The plan of these limits, as ``fit`` takes them.

@@ -180,22 +180,23 @@ def reject(unknown_options: Mapping[str, object], *functions: Callable[..., obje
     for name in unknown_options:
         parameters = (p for function in functions for p in inspect.signature(function).parameters.values())
         known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - {"self"}
-        meant = next((other for other in ALSO_CALLED.get(name, ()) if other in known), None)
-        told = "" if meant is None else f"Perhaps {meant}= is meant."
-        message = str(unknown(f"option of {functions[0].__qualname__}:", name, known - {"validate"} if meant else known, told))
+        meant, told = ALSO_CALLED.get(name, ""), ""
+        if meant in known:
+            known, told = {meant}, f"Perhaps {meant}= is meant."
+        message = str(unknown(f"option of {functions[0].__qualname__}:", name, known, told))
         raise UnknownOptionError(message)
 
 
 # What others call it, where the nearest name would be another.
 ALSO_CALLED = {
-    **dict.fromkeys(("val", "valid", "val_data", "validation_data", "val_dataloaders", "val_loader"), ("validation",)),
-    **dict.fromkeys(("max_epochs", "num_epochs", "n_epochs"), ("epochs",)),
-    **dict.fromkeys(("max_steps", "num_steps"), ("steps",)),
-    **dict.fromkeys(("ckpt_path", "resume_from"), ("resume",)),
-    **dict.fromkeys(("accumulate_grad_batches", "gradient_accumulation_steps"), ("accumulate",)),
-    **dict.fromkeys(("learning_rate",), ("lr",)),
-    **dict.fromkeys(("accelerator", "gpus"), ("device",)),
-    **dict.fromkeys(("default_root_dir", "logdir", "log_dir"), ("directory",)),
+    **dict.fromkeys(("val", "valid", "val_data", "validation_data", "val_dataloaders", "val_loader"), "validation"),
+    **dict.fromkeys(("max_epochs", "num_epochs", "n_epochs"), "epochs"),
+    **dict.fromkeys(("max_steps", "num_steps"), "steps"),
+    **dict.fromkeys(("ckpt_path", "resume_from"), "resume"),
+    **dict.fromkeys(("accumulate_grad_batches", "gradient_accumulation_steps"), "accumulate"),
+    **{"learning_rate": "lr"},
+    **dict.fromkeys(("accelerator", "gpus"), "device"),
+    **dict.fromkeys(("default_root_dir", "logdir", "log_dir"), "directory"),
 }
 
 

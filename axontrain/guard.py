@@ -65,13 +65,12 @@ class Guard:
             else:
                 self.plain()
             return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.zeros and (self.counts is not False or self.nested or not _known(self.optimizer, parameters)):
+        if not self.zeros and (self.counts is not False or self.nested or not _known(self.optimizer)):
             self._read(flag)
             return
         before = None if self.zeros else _numbers(self.optimizer)
         if self.kept is None or not (self.zeros or self.kept.still()):  # torch's own keep their tensors
-            self.kept = Kept(self.optimizer, parameters)
+            self.kept = Kept(self.optimizer)
         else:
             self.kept.keep()
         self.optimizer.step()
@@ -124,7 +123,7 @@ class Guard:
         if flag.item():
             return flag
         every = [optimizer, *within(optimizer)]
-        live = [p for group in optimizer.param_groups for p in group["params"]]
+        live = _parameters(optimizer)
         kept = [p.detach().clone() for p in live]
         states = [({p: copy.deepcopy(of_p) for p, of_p in one.state.items()}, _numbers(one)) for one in every]
         optimizer.step(torch.enable_grad()(closure))  # type: ignore[arg-type]  # gives the loss, as a tensor
@@ -167,8 +166,8 @@ class Guard:
 class Kept:
     """What a step of an optimizer changes, as it was before: parameters, and the tensors of its state."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
-        self.optimizer, self.parameters = optimizer, parameters
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.parameters = optimizer, _parameters(optimizer)
         self.slots, self.states = self._slots(), len(optimizer.state)
         self.live = self._live()
         self.kept = [tensor.detach().clone() for tensor in self.live]
@@ -382,10 +381,14 @@ def _defines(kind: type, name: str) -> type:
     return next(one for one in kind.__mro__ if name in vars(one))
 
 
-def _known(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _known(optimizer: torch.optim.Optimizer) -> bool:
     """Whether all that a step changes is there already, and on the device."""
     states = optimizer.state
-    for p in parameters:
+    for p in _parameters(optimizer):
         state = states.get(p)
         if not state:
             if p.grad is not None:

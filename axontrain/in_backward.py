@@ -40,7 +40,6 @@ class UpdateInBackward(Update):
         self._places: dict[Tensor, Any] = {}
         self._met: set[Tensor] = set()
         self._bad_loss, self._bad = torch.zeros(()), torch.zeros(())
-        self._veto: Tensor | None = None
         self._one_at_a_time = threading.Lock()  # backward has a thread for each device
 
     def begin(self, loss: Tensor) -> None:
@@ -54,7 +53,6 @@ class UpdateInBackward(Update):
         self._set_scheduled_rates()
         self._bad_loss = (~torch.isfinite(loss.detach().reshape(()))).float()
         self._bad = self._bad_loss.clone()
-        self._veto = None if self.veto is None else self.veto.to(self._bad)
         self._met.clear()
         self._places = {
             p: (guard, group) for guard in self._guards for group in guard.optimizer.param_groups for p in group["params"]
@@ -73,7 +71,7 @@ class UpdateInBackward(Update):
         """Finish what backward has done, as :meth:`Update.update` does."""
         if not self._met:
             return self._without_gradients(loss)
-        return self._finished(loss, terms, self._bad, self._bad if self._veto is None else torch.maximum(self._bad, self._veto))
+        return self._finished(loss, terms, self._bad, self._or_vetoed(self._bad))
 
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
@@ -97,7 +95,7 @@ class UpdateInBackward(Update):
             self._bad.copy_(torch.maximum(self._bad, bad.to(self._bad.device)))
             if self.spec.clip_value is not None:
                 values.clamp_(-self.spec.clip_value, self.spec.clip_value)
-            guard.step_alone(parameter, group, bad if self._veto is None else torch.maximum(bad, self._veto.to(bad.device)))
+            guard.step_alone(parameter, group, self._or_vetoed(bad))
             parameter.grad = None
 
 

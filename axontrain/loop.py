@@ -171,13 +171,12 @@ class Loop:
             OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
         """
         reject(others, Loop.fit)
-        fit = (train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit)
-        run = self._run(*fit, resume)
+        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
         while True:
             try:
                 deque(self._algorithm(run), maxlen=0)  # runs the generator to its end
             except GoBack as back:
-                run = self._back(back, run, fit)
+                run = self._back(back, run)
             except Exception:
                 if not run.terminated:
                     raise
@@ -207,8 +206,8 @@ class Loop:
         It is the same algorithm; leaving the loop early ends the run. Between steps the random generators are the caller's.
         """
         reject(others, Loop.steps)
-        fit = (train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit)
-        stepping = self._stepping(self._run(*fit, resume), fit)
+        run = self._run(train, validation, epochs, steps, time, batch_size, microbatch, accumulate, validate, limit, resume)
+        stepping = self._stepping(run)
         # Who has left it early and still holds it at the program's end has left the run too: it is to be saved then.
         weakref.finalize(stepping, _left, weakref.ref(stepping))
         return stepping
@@ -427,23 +426,21 @@ class Loop:
         return f"Loop({type(self.objective).__name__}, {self.optimizers or None}, {self.state!r})"
 
     def _run(self, *fit: Any) -> Run:
-        return self._start.run(self.callbacks, self.progress, *fit)
+        run = self._start.run(self.callbacks, self.progress, *fit)
+        run.again = lambda: self._run(*fit[:-1], True)
+        return run
 
-    def _back(self, back: GoBack, run: Run, fit: tuple[Any, ...]) -> Run:
+    def _back(self, back: GoBack, run: Run) -> Run:
         """A hook has asked to go on from a checkpoint."""
-        if run.train.source is not None and run.train.source.once:
-            raise ConfigurationError(
-                f"train is an iterator, which cannot be read again from the batch of {back.path.name} on: give a function that "
-                f"returns one, or a Dataset"
-            ) from None
         self.restore(back.path)
         back.then()
         runs.abandon(back.path, self.state.live())
-        again = self._run(*fit, True)
+        assert run.again is not None  # _run has given it
+        again = run.again()
         again.interrupt, again.terminated = run.interrupt, run.terminated  # if a signal came meanwhile
         return again
 
-    def _stepping(self, run: Run, fit: tuple[Any, ...]) -> Iterator[Step]:
+    def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
         state, algorithm = run.state, self._algorithm(run)
         caller, left = randomness.snapshot(), True
@@ -463,7 +460,7 @@ class Loop:
                             state.drawing = True
                     left = False
                 except GoBack as back:
-                    run = self._back(back, run, fit)
+                    run = self._back(back, run)
                     algorithm = self._algorithm(run)
         except SystemExit:
             left = False

@@ -258,7 +258,7 @@ class Start:
 
         What has changed since is told in one warning, or is an error where it would make another run of it.
         """
-        limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_")}
+        limits = plan.limits
         if isinstance(found, str):
             if not found:
                 return False
@@ -273,7 +273,7 @@ class Start:
         self.restore(callbacks, tree, path)
         tell(path, changes)
         old = self.state.old_plan
-        if old is not None and old.start_step and any(old.state_dict()[name] != value for name, value in limits.items()):
+        if old is not None and old.start_step and old.limits != limits:
             warn(
                 f"the fit that is gone on with began at step {old.start_step} with {_told(old)}, and this one says "
                 f"{_told(plan)}: it ends after so much from there. Where a script fits twice, give each fit a Loop and a "
@@ -328,8 +328,7 @@ def _unlike(train: Any, validation: Any) -> bool:
 
 
 def _told(plan: Plan) -> str:
-    limits = {name: value for name, value in plan.state_dict().items() if not name.startswith("start_") and value is not None}
-    return ", ".join(f"{name}={value}" for name, value in limits.items()) or "no limit"
+    return ", ".join(f"{name}={value}" for name, value in plan.limits.items() if value is not None)
 
 
 def check_ready(state: LoopState) -> None:

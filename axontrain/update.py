@@ -75,7 +75,8 @@ class Update:
             self.optimizers.append(optimizer)
             self._guards.append(Guard(optimizer, is_fused))
         # Those whose state is saved: SAM, for one, has within itself the optimizer that steps at last.
-        self._kept = [*self.optimizers, *(one for optimizer in self.optimizers for one in self._inner(optimizer))]
+        self._inner = [(inner, outer) for outer in self.optimizers for inner in self._within(outer)]
+        self._kept = [*self.optimizers, *(inner for inner, _ in self._inner)]
         self.average = self._average(module)
         self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.not_finite: Tensor | None = None  # of the last update: above 0 if it was that which it was skipped for
@@ -104,7 +105,7 @@ class Update:
         if spec.schedule is not None:
             self._bind_schedule(spec.schedule)
 
-    def _inner(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    def _within(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
         own = {id(p) for p in self.tensors}
         found = [one for one in within(optimizer) if one.state is not optimizer.state]
         return [one for one in found if own.issuperset(id(p) for group in one.param_groups for p in group["params"])]
@@ -155,10 +156,10 @@ class Update:
             raise self._error(loss, terms)
         self._clip(gradients, norm)
         self._set_scheduled_rates()
-        skip = flag if self.veto is None else torch.maximum(flag, self.veto.to(flag))
+        skip = self._or_vetoed(flag)
         if spec.closure:
-            found = self._evaluated(skip, loss)
-            flag, skip = (found, found) if found is not skip else (flag, skip)
+            if (found := self._evaluated(skip, loss)) is not skip:
+                flag = skip = found
         else:
             for guard in self._guards:
                 guard.step(skip)
@@ -194,6 +195,10 @@ class Update:
         if self.average is not None:
             self.all_skipped = skip if self.all_skipped is None else torch.minimum(self.all_skipped, skip)
         return skip
+
+    def _or_vetoed(self, flag: Tensor) -> Tensor:
+        """The flag; above 0 too where somebody wants the step in hand skipped."""
+        return flag if self.veto is None else torch.maximum(flag, self.veto.to(flag))
 
     def _without_gradients(self, loss: Tensor) -> Tensor:
         if any(p.requires_grad for p in self.tensors):
@@ -258,7 +263,7 @@ class Update:
         if self.scaled and longest >= patience + HALVINGS:
             halvings = f" after {HALVINGS} halvings of the loss scale"
         elif self.scaled:  # gradients overflow until the scale is right, and nothing is wrong; a loss is not scaled yet
-            flags = [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, pending, strict=True)]
+            flags = _of_losses(flags, pending)
             skipped, self.bad_losses, longest = _counted(flags, self.bad_losses)
             if not skipped:
                 return
@@ -321,7 +326,6 @@ class Update:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
         flags = self._flags()
         in_a_row = _counted(flags, self.in_a_row)[1]
-        bad = [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, self._pending, strict=True)]
         return {
             "optimizers": [self._part_state(optimizer) for optimizer in self._kept],
             "schedulers": [
@@ -331,7 +335,7 @@ class Update:
             "unscaled": list(self._unscaled),
             "skipped": self.skipped + self._skips(flags),
             "in_a_row": in_a_row,
-            "bad_losses": _counted(bad, self.bad_losses)[1] if self.scaled else 0,
+            "bad_losses": _counted(_of_losses(flags, self._pending), self.bad_losses)[1] if self.scaled else 0,
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -412,8 +416,7 @@ class Update:
         self.check(state)
         shared = [
             (inner, outer)
-            for outer in self.optimizers
-            for inner in self._inner(outer)
+            for inner, outer in self._inner
             if all(one is other for one, other in zip(inner.param_groups, outer.param_groups, strict=False))
         ]
         for optimizer, part in zip(self._kept, state["optimizers"], strict=True):
@@ -617,6 +620,11 @@ def _counted(flags: list[float], in_a_row: int) -> tuple[int, int, int]:
         in_a_row = in_a_row + 1 if flag else 0
         longest = max(longest, in_a_row)
     return sum(map(bool, flags)), in_a_row, longest
+
+
+def _of_losses(flags: list[float], pending: list[Done]) -> list[float]:
+    """Those of the flags that are of a loss that is not finite by itself."""
+    return [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, pending, strict=True)]
 
 
 def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

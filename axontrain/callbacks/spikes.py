@@ -13,8 +13,7 @@ from axontrain.checkpoint import runs
 from axontrain.errors import ConfigurationError, warn, whole
 from axontrain.state import LoopState, Stop
 
-# Once seen as usual, a level is left slowly: a loss that leaps counts as the bound that it has leapt over.
-RISE = 0.1
+RISE = 0.1  # no leap is smaller than this share of the mean
 
 
 class SpikeGuard(Callback):
@@ -183,6 +182,5 @@ class SpikeGuard(Callback):
     def _checkpoint(state: LoopState, before: int) -> Any:
         assert state.directory is not None  # or it was refused
         begun = 0 if state.plan is None else state.plan.start_step  # at which the state is still of the fit before
-        there = [entry for entry in runs.entries(state.directory) if begun <= entry.step <= before]
-        there = [entry for entry in there if entry.step > begun or not begun]
+        there = [one for one in runs.entries(state.directory) if one.step <= before and (one.step > begun or not begun)]
         return next((entry.path for entry in reversed(there) if runs.verified(entry)), None)

@@ -197,36 +197,36 @@ def newest(directory: Path) -> tuple[Path, Any] | None:
         CheckpointError: if there are checkpoints, and none is good.
     """
     there = entries(directory)
-    while True:
-        bad: list[str] = []
-        for entry in reversed(there):
-            try:
-                if entry.problem:
-                    raise CheckpointError(entry.problem)
-                tree = files.read(entry.path)
-            except CheckpointError as error:
-                bad.append(str(error))
-            except OSError as error:
-                bad.append(_not_looked_at(entry.path, error))
-            else:
-                if bad and _changed(there, there := entries(directory)):  # somebody saves meanwhile, and prunes
-                    break
-                if bad:
-                    warn(f"{'; '.join(bad)}. Went on from the next older good one, {entry.path}")
-                return entry.path, tree
-        else:
-            if bad and _changed(there, there := entries(directory)):
-                continue
-            if bad:
-                raise CheckpointError(
-                    f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another "
-                    f"directory"
-                )
-            return None
+    found, bad = _first_good(there)
+    while bad and _paths(now := entries(directory)) != _paths(there):  # somebody saves meanwhile, and prunes
+        there = now
+        found, bad = _first_good(there)
+    if found is None and bad:
+        raise CheckpointError(
+            f"no checkpoint in {directory} is good: {'; '.join(bad)}. Take one from a copy, or begin anew in another directory"
+        )
+    if found is not None and bad:
+        warn(f"{'; '.join(bad)}. Went on from the next older good one, {found[0]}")
+    return found
 
 
-def _changed(before: list[Entry], now: list[Entry]) -> bool:
-    return [entry.path for entry in before] != [entry.path for entry in now]
+def _paths(there: list[Entry]) -> list[Path]:
+    return [entry.path for entry in there]
+
+
+def _first_good(there: list[Entry]) -> tuple[tuple[Path, Any] | None, list[str]]:
+    """The newest of the entries that verifies, with its tree, and what is wrong with those that were passed over."""
+    bad: list[str] = []
+    for entry in reversed(there):
+        try:
+            if entry.problem:
+                raise CheckpointError(entry.problem)
+            return (entry.path, files.read(entry.path)), bad
+        except CheckpointError as error:
+            bad.append(str(error))
+        except OSError as error:
+            bad.append(_not_looked_at(entry.path, error))
+    return None, bad
 
 
 def read(path: Path) -> Any:

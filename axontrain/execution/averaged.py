@@ -21,15 +21,13 @@ class Averaged:
         ]
 
     def __call__(self, batch: Any) -> Step:
-        before = []
         for update, average in self.averages:
             average.settle(self.state)
             average.begin()
-            before.append(update.steps)
             update.all_skipped = None
         step = self.run(batch)
         samples = batch_size(batch)
-        for (update, average), steps in zip(self.averages, before, strict=True):
-            if update.steps != steps and update.all_skipped is not None:
+        for update, average in self.averages:
+            if update.all_skipped is not None:  # it was at work
                 average.stepped(update.all_skipped, samples)
         return step

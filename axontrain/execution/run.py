@@ -63,6 +63,7 @@ class Run:
     interrupt: str = ""  # Ctrl-C or SIGTERM, once it was seen
     terminated: bool = False
     savers: tuple[Saver, ...] = ()
+    again: Callable[[], Run] | None = None  # begins the same fit once more, resumed
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
     def goes_on(self) -> bool:
