@@ -224,7 +224,7 @@ def _fill(directory: Path, what: Encoded) -> None:
 def _read(source: Path) -> Any:
     verify(source)
     try:
-        tensors = _loaded(source / TENSORS)
+        tensors = loaded(source / TENSORS)
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
         raise CheckpointError(f"{source / TENSORS} cannot be read: {plain(error)}") from error
     for name, tensor in tensors.items():
@@ -371,7 +371,7 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         yield stream
 
 
-def _loaded(file: Path) -> dict[str, Tensor]:
+def loaded(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, by the file that is open: what takes its place meanwhile is not looked at."""
     with opened(file) as stream:
         by_number = Path(f"/proc/self/fd/{stream.fileno()}")

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -154,7 +153,7 @@ def _file(path: Path) -> Mapping[str, Any]:
     if not path.is_file():  # to open a pipe would be to wait for ever
         raise CheckpointError(f"{path} is no regular file: give a checkpoint, a run directory or a .safetensors file")
     try:
-        with path.open("rb") as stream:
+        with directory.opened(path) as stream:
             head = stream.read(9)
             if is_pickle(head):
                 raise CheckpointError(
@@ -164,7 +163,7 @@ def _file(path: Path) -> Mapping[str, Any]:
             stream.seek(8)
             length = int.from_bytes(head[:8], "little")
             _check_header(path, length, stream.read(min(length, MOST_HEADER)))
-        return load_file(path)
+        return directory.loaded(path)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:  # as a header was forged, any of them
