@@ -78,7 +78,6 @@ class Update:
         self._inner = [(inner, outer) for outer in self.optimizers for inner in self._within(outer)]
         self._kept = [*self.optimizers, *(inner for inner, _ in self._inner)]
         self.average = self._average(module)
-        self.flag: Tensor | None = None  # of the last update: above 0 if it was skipped
         self.not_finite: Tensor | None = None  # of the last update: above 0 if it was that which it was skipped for
         self.all_skipped: Tensor | None = None  # above 0 if all updates were, since somebody made it None
         self.veto: Tensor | None = None  # of the step in hand: above 0 if somebody wants it skipped, whatever it is
@@ -191,7 +190,7 @@ class Update:
             self._step_schedulers()
         self._pending.append(Done(self._number(), flag, skip, loss, terms))
         self.steps += 1
-        self.flag, self.not_finite = skip, flag
+        self.not_finite = flag
         if self.average is not None:
             self.all_skipped = skip if self.all_skipped is None else torch.minimum(self.all_skipped, skip)
         return skip
