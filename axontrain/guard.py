@@ -367,12 +367,16 @@ def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
 
 def _watched(optimizer: torch.optim.Optimizer) -> bool:
     """Whether somebody wants to know of its steps: hooks on it or on all optimizers, or a scheduler that counts them."""
+    return has_hooks(optimizer) or "step" in vars(optimizer)
+
+
+def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether there are hooks on its steps, or on those of all optimizers."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
-        or "step" in vars(optimizer)
     )
 
 

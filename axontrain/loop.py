@@ -27,9 +27,11 @@ from axontrain.data.stream import DEFAULT_BATCH_SIZE
 from axontrain.data.structure import joined, to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, reject, unknown, warn, whole
 from axontrain.execution import due, modes, passes
+from axontrain.execution.compilation import Compilation
 from axontrain.execution.devices import device_of, moved
 from axontrain.execution.notes import noted
 from axontrain.execution.precision import Precision
+from axontrain.execution.report import StepReport
 from axontrain.execution.run import DUE, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
 from axontrain.execution.signals import TERMINATED
 from axontrain.execution.steps import Runner
@@ -60,6 +62,10 @@ class Loop:
         strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
             one of samples rather than of batches.
         precision: "fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64" or "fp8": see :mod:`axontrain.execution.precision`.
+        compile: have torch compile the training step: all of it, forward to update, as one graph where that is possible, else
+            parts of it, else nothing, with a warning that says why. The first steps are held against eager ones on a copy,
+            which takes the memory of a second model for as long. :meth:`report` says what came of it. Evaluation and
+            prediction are not compiled.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 
@@ -83,6 +89,7 @@ class Loop:
         device: str | torch.device = "auto",
         strict: bool = True,
         precision: str = "fp32",
+        compile: bool = False,
         progress: bool = True,
         directory: str | Path | None = None,
         **others: Any,
@@ -104,6 +111,8 @@ class Loop:
         judge = objective if evaluate_with is None else evaluate_with
         eval_metrics = {**resolve(judge.metrics), **resolve(metrics)}
         self.callbacks = callback.checked(callbacks)
+        if not isinstance(compile, bool):
+            raise ConfigurationError(f"compile={compile!r}: True or False")
         self.strict, self.progress = strict, progress
         if directory is not None and (not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory)):
             raise ConfigurationError(f"directory={directory!r}: a path, as 'runs/first'; None writes nothing")
@@ -121,7 +130,9 @@ class Loop:
             update.clock = self.state
         if self.directory is not None:
             self.state.directory, self.state.history.path = self.directory, self.directory / "history.jsonl"
-        self._start = Start(self.state, judge, self.metrics, eval_metrics, seed=seed, precision=self.precision, strict=strict)
+        self._compilation = Compilation(self.precision) if compile else None
+        of = {"seed": seed, "precision": self.precision, "strict": strict, "compilation": self._compilation}
+        self._start = Start(self.state, judge, self.metrics, eval_metrics, **of)  # type: ignore[arg-type]  # each its own kind
         self._start.attach(self.callbacks)
         self._by_hand: Runner | None = None
         self._next_reading = 0.0
@@ -401,6 +412,16 @@ class Loop:
                     f"average={update.spec.average!r}: what is here now are the raw weights, which training goes on with. For "
                     f"the average, give the Optimizer the same average=, or restore(..., only='objective')"
                 )
+
+    def report(self) -> StepReport:
+        """How steps are computed: in eager, as one compiled graph, or in compiled parts, and why; what was compiled, and when.
+
+        >>> import axontrain as ax
+        >>> loop = Loop(ax.Supervised(torch.nn.Linear(1, 1), "mse"), ax.Optimizer("sgd", lr=0.1), progress=False)
+        >>> print(loop.report())
+        steps are computed in eager (compile=False)
+        """
+        return StepReport("eager", "compile=False") if self._compilation is None else self._compilation.report
 
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.

@@ -201,8 +201,8 @@ class Objective(nn.Module):
             weight = self.weight(batch)
         else:
             loss = self._weighted(predictions, targets, weights)
-            own = getattr(self.weight, "__func__", None) not in (Objective.weight, Supervised.weight)
-            weight = self.weight(batch) if own else _sum(weights)
+            given = "weight" in self.__dict__ or type(self).weight not in (Objective.weight, Supervised.weight)
+            weight = self.weight(batch) if given else _sum(weights)
         if isinstance(loss, Tensor):
             return Step(loss, predictions, targets, weight, sample_weights=weights)
         return Step(total(loss, self), predictions, targets, weight, _detached(loss), sample_weights=weights)

@@ -22,6 +22,7 @@ from axontrain.data.protocol import is_array
 from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, kind_of, warn
 from axontrain.execution import modes
+from axontrain.execution.compilation import Compilation
 from axontrain.execution.microbatches import AutoCut, Cut, cut_of, look_at
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import DUE, Run
@@ -46,6 +47,7 @@ class Start:
         seed: what the Loop was given; None if nothing.
         precision: in which it computes, and on which device.
         strict: see :class:`axontrain.Loop`.
+        compilation: what is compiled of its steps; None leaves them in eager.
     """
 
     def __init__(
@@ -58,7 +60,11 @@ class Start:
         seed: int | None,
         precision: Precision,
         strict: bool,
+        compilation: Compilation | None = None,
     ) -> None:
+        self.compilation = compilation
+        if compilation is not None:
+            state.attach("compile", compilation)
         self.state, self.judge = state, judge
         self.metrics, self.eval_metrics = metrics, eval_metrics
         self.seed, self.precision, self.strict = seed, precision, strict
@@ -84,8 +90,15 @@ class Start:
 
     def runner(self, after_backward: Callable[[LoopState], None] | None, cut: Cut | None = None) -> Runner:
         """What trains on a batch."""
-        of = {"precision": self.precision, "scaler": self.scaler, "keeps_predictions": bool(self.metrics)}
-        return runner(self.state, after_backward, cut, **of)  # type: ignore[arg-type]  # each of its own kind
+        return runner(
+            self.state,
+            after_backward,
+            cut,
+            precision=self.precision,
+            scaler=self.scaler,
+            keeps_predictions=bool(self.metrics),
+            compilation=self.compilation,
+        )
 
     def run(
         self,
@@ -181,6 +194,7 @@ class Start:
     ) -> Run:
         state = self.state
         setup = describe(state, stream, validating, every, self.metrics, callbacks, self.precision.device, self.precision.name)
+        setup["compile"] = self.compilation is not None
         setup["microbatch"] = "auto" if isinstance(cut, AutoCut) else None if cut is None else cut.size
         if state.directory is not None:
             runs.sweep(state.directory)

@@ -166,6 +166,24 @@ class Update:
             parameter.grad = None
         return self._finished(loss, terms, flag, skip)
 
+    def ready(self) -> None:
+        """Get ready for an update that somebody else does, as a graph of the whole step: set its learning rates."""
+        self._make_room()
+        self._set_scheduled_rates()
+
+    def done(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> None:
+        """Count an update that somebody else has done; ``flag`` is above 0 if it was left out as not finite.
+
+        Raises:
+            NonFiniteError: if it was, and ``on_nonfinite="raise"``.
+        """
+        if self.spec.on_nonfinite == "raise" and flag.item():
+            raise self._error(loss, terms)
+        if self._schedulers:  # which warn if they are stepped before their optimizer
+            for optimizer in self.optimizers:
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+        self._finished(loss, terms, flag, flag)
+
     def look(self, loss: Tensor, terms: Mapping[str, Any]) -> None:
         """Raise at once where the update would not be finite, at the cost of a host read; nothing is changed.
 

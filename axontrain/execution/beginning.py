@@ -37,9 +37,9 @@ class Beginning:
         self._metrics = [(metric, _copied(metric.metric_state), metric._update_count) for metric in changing.metrics]
         self._own = [(generator, generator.get_state()) for generator in changing.generators]
 
-    def put_back(self) -> None:
-        """Make all of it what it was, and drop gradients."""
-        for parameter in self._module.parameters():
+    def put_back(self, *, gradients: bool = False) -> None:
+        """Make all of it what it was, and drop gradients, unless those are of parts before, and to be kept."""
+        for parameter in () if gradients else self._module.parameters():
             parameter.grad = None
         with torch.no_grad():
             for place, name, buffer, kept in self._buffers:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from axontrain.errors import ConfigurationError
 from axontrain.execution.averaged import Averaged
+from axontrain.execution.compilation import Compilation
 from axontrain.execution.freeing import Freeing
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
 from axontrain.execution.precision import FP32, Precision, Scaler
@@ -25,6 +26,7 @@ def runner(
     precision: Precision = FP32,
     scaler: Scaler | None = None,
     keeps_predictions: bool = True,
+    compilation: Compilation | None = None,
 ) -> Runner:
     """Choose how this objective is trained: by one loss or by a generator of several, of whole batches or part by part.
 
@@ -35,14 +37,48 @@ def runner(
         precision: what it computes in.
         scaler: of losses, if the precision has one.
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
+        compilation: what was compiled so far, where steps are to be; None leaves them in eager.
     """
     run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
+    if compilation is not None:
+        run = _compiled(run, state, after_backward, compilation)
     if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
         run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():
         if update.spec.closure:
             run = Searching(run, update)  # type: ignore[arg-type]  # of one loss
     return Averaged(run, state) if any(update.average is not None for update in state.optimizers.values()) else run
+
+
+def _compiled(run: Runner, state: LoopState, after_backward: Callable[[LoopState], None] | None, made: Compilation) -> Runner:
+    """The same steps compiled: as one graph, or the forward and backward of each part."""
+    from axontrain.execution.compiled import Compiled
+    from axontrain.execution.parts import Parts
+
+    if not isinstance(run, OneLoss):
+        why = "train_step is a generator of several losses, which cannot be compiled; its networks can: self.net.compile()"
+        if made.eager != why:
+            made.give_up(why)
+        return run
+    why = made.divided
+    if type(run) is not OneLoss:
+        why = "microbatches, or losses that are scaled, update once for several backward passes"
+    elif after_backward is not None:
+        why = "a callback looks at gradients, in after_backward"
+    elif len(state.optimizers) > 1:
+        why = "there are several optimizers"
+    elif isinstance(only := next(iter(state.optimizers.values())), UpdateInBackward):
+        why = "the optimizer updates within backward"
+    elif only.spec.closure:
+        why = "the optimizer evaluates the loss by itself"
+    if not why:
+        return Compiled(run, state, made)
+    if not made.eager:
+        made.report.how, made.report.reason = "in parts", why
+        if made.parts is None:
+            made.parts = Parts(run.objective, run.train_step, made)
+        run.train_step = made.parts
+    return run
 
 
 def _of_updates(

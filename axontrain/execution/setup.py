@@ -50,7 +50,7 @@ def describe(
     """What a run is made of, in plain values."""
     parameters = dict(state.objective.named_parameters())
     names = clean_names(state.objective)
-    own = ("cadence/", "callback/", "data", "microbatch", "scaler")
+    own = ("cadence/", "callback/", "compile", "data", "microbatch", "scaler")
     return {
         "versions": {"axontrain": VERSION, "torch": str(torch.__version__)},
         "device": device.type,
@@ -127,7 +127,7 @@ def compare(
         changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", {"precision": "fp32", **saved}, now, ("precision",)):
         changes.append(f"{change}; numbers are others from here on")
-    for change in _differences("", {"microbatch": None, **saved}, now, ("microbatch",)):
+    for change in _differences("", {"microbatch": None, "compile": False, **saved}, now, ("microbatch", "compile")):
         changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", saved, now, ("device",)):
         changes.append(f"{change}; numbers differ in their last bits, and what is random differs")

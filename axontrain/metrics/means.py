@@ -56,7 +56,14 @@ def means(sums: Sums) -> dict[str, float]:
     return {name: total / weight if weight else float("nan") for name, (total, weight) in zip(sums, rows, strict=True)}
 
 
-def _stacked(values: Sequence[Any], name: str) -> Tensor:
+def _stacked(values: list[Any], name: str) -> Tensor:
+    if isinstance(values[0], Tensor):
+        try:
+            stacked = torch.stack(values)
+        except (RuntimeError, TypeError):  # of several shapes or devices, or not all tensors
+            stacked = None
+        if stacked is not None and stacked.dim() == 1:
+            return stacked.detach().to(torch.float32 if stacked.device.type == "mps" else torch.float64)
     tensors = [value for value in values if isinstance(value, Tensor)]
     for tensor in tensors:
         if tensor.numel() != 1:

@@ -1,0 +1,42 @@
+"""What keeps a step from being compiled: torch's reason, and the line of the user's that it is about."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+
+
+class UntraceableError(Exception):
+    """Why a step cannot become one graph, found before torch has tried."""
+
+
+def reason_of(error: BaseException) -> tuple[str, str]:
+    r"""Torch's reason in short, and the line of the user's: ``path:number: source``; "" where none is to blame.
+
+    >>> reason_of(ValueError("no such thing\n\nand much more"))
+    ('no such thing', '')
+    """
+    stack: Iterable[traceback.FrameSummary] = getattr(error, "real_stack", None) or ()
+    line = next((_told(frame) for frame in reversed([*stack]) if not _foreign(frame.filename)), "")
+    texts = [text.strip() for text in str(error).strip().splitlines() if text.strip()]
+    reason = texts[0] if texts else type(error).__name__
+    explained = next((text.partition("Explanation: ")[2] for text in texts if text.startswith("Explanation: ")), "")
+    if explained:
+        reason = f"{reason} ({explained.rstrip('.')})"
+    inner = getattr(error, "inner_exception", None)
+    if inner is not None:  # of the compiler behind Dynamo
+        reason = f"{type(inner).__name__}: {next(iter(str(inner).strip().splitlines()), '')}"
+    return reason, line
+
+
+def _foreign(path: str) -> bool:
+    return path.startswith((TORCH, OWN, "<"))
+
+
+def _told(frame: traceback.FrameSummary) -> str:
+    return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")

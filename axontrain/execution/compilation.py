@@ -1,0 +1,92 @@
+"""What a Loop has compiled, and how it goes on: as one graph, in parts, or in eager.
+
+Which step is done in which way follows from the data and from what is saved with the run, so that a run that is resumed is the
+same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from axontrain.data.structure import mapped
+from axontrain.errors import kind_of, warn
+from axontrain.execution.precision import Precision
+from axontrain.execution.report import StepReport
+from axontrain.execution.twin import COMPARED
+
+if TYPE_CHECKING:  # imported when something is compiled
+    from axontrain.execution.parts import Parts
+    from axontrain.execution.whole import WholeStep
+
+MOST_GRAPHS = 8
+IN_VAIN = 3  # so many graphs, each of which was of one step only: something changes each step
+# Batches of another shape than the first, as the last of an epoch, are done in eager until there are so many of them, and they
+# are so large a part of all.
+FEW, SHARE = 8, 8
+
+
+class Compilation:
+    """What a Loop has compiled: it outlives a fit, and takes part in saving."""
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.graphs: list[WholeStep] = []
+        self.parts: Parts | None = None
+        self.report = StepReport("eager", "no step was done yet")
+        self.main = ""  # the first batch's shape
+        self.since = 0  # the step at which it came
+        self.others = 0  # batches of other shapes
+        self.eager = ""  # why steps are done in eager for good
+        self.fixed = ""  # why sizes cannot be taken for variable
+        self.divided = ""  # why they are compiled in parts only
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how the next step is done."""
+        return {"main": self.main, "since": self.since, "others": self.others, "eager": self.eager}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self.main, self.since = state["main"], state["since"]
+        self.others, self.eager = state["others"], state["eager"]
+
+    def how(self, batch: Any, step: int) -> str:
+        """How a batch is to be done that no graph is of: by a "static" graph, a "dynamic" one, or in "eager"."""
+        shape = str(mapped(batch, kind_of))
+        if not self.main:
+            self.main, self.since = shape, step
+        if shape == self.main:
+            return "static"
+        self.others += 1
+        many = self.others > FEW and self.others * SHARE > step - self.since
+        return "dynamic" if many and not self.fixed else "eager"
+
+    def in_vain(self) -> bool:
+        """Whether to compile another graph would be in vain."""
+        last = self.graphs[-IN_VAIN:]
+        return len(self.graphs) >= MOST_GRAPHS or (len(last) == IN_VAIN and all(graph.left == COMPARED - 1 for graph in last))
+
+    def takes(self, graph: WholeStep, change: str) -> None:
+        """Count a graph that was compiled; ``change`` says what did not fit those before."""
+        self.graphs.append(graph)
+        self.report.how, self.report.reason = "one graph", ""
+        self.report.graphs += 1
+        if self.report.graphs > 1:
+            self.report.recompilations += 1
+            self.report.changes.append(change or "something in the batch or in the module is another")
+
+    def go_in_parts(self, why: str, line: str = "") -> None:
+        """Compile parts of the step from now on; say so where there is a line that somebody could mend."""
+        self.divided, self.report.how, self.report.reason = why, "in parts", why
+        self.graphs.clear()
+        if line:
+            warn(
+                f"compile=True: the whole step cannot become one graph: {why}, at {line}. Forward and backward are compiled in "
+                f"parts around that line, and the update is done in eager"
+            )
+
+    def give_up(self, why: str, line: str = "") -> None:
+        """Do steps in eager from now on, and say so."""
+        self.eager, self.report.how, self.report.reason = why, "eager", why
+        self.graphs.clear()
+        warn(f"compile=True: {why}{f', at {line}' if line else ''}. Steps are done in eager from here on")

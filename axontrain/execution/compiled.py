@@ -1,0 +1,165 @@
+"""A step runner whose steps are one compiled graph, where that is possible.
+
+What is compiled is held against eager before it is trusted (:mod:`axontrain.execution.twin`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from axontrain.execution.beginning import Beginning, Changing
+from axontrain.execution.breaks import reason_of
+from axontrain.execution.compilation import Compilation
+from axontrain.execution.microbatches import out_of_memory
+from axontrain.execution.parts import Parts
+from axontrain.execution.steps import OneLoss
+from axontrain.execution.twin import Outcome, Twin, differences, of_step, sizes
+from axontrain.execution.whole import WholeStep
+from axontrain.objective import Objective, Step
+from axontrain.state import LoopState
+
+
+class Compiled:
+    """Steps of one loss and one optimizer, as one graph; those that no graph is of, as another runner does them.
+
+    Args:
+        run: that other runner.
+        state: the Loop's.
+        made: what was compiled before.
+    """
+
+    def __init__(self, run: OneLoss, state: LoopState, made: Compilation) -> None:
+        self.run, self.state, self.made = run, state, made
+        (self.update,) = state.optimizers.values()
+        self.graph: WholeStep | None = None  # the one in use
+
+    def __call__(self, batch: Any) -> Step:
+        graph, update = self.graph, self.update
+        if graph is None or update.veto is not None:
+            return self._otherwise(batch)
+        update.ready()
+        step = graph.attempt(batch)
+        if step is None:
+            return self._otherwise(batch)
+        update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]  # a graph's steps have a flag
+        return step
+
+    def _otherwise(self, batch: Any) -> Step:
+        """A step that the graph in use is not of."""
+        made, update = self.made, self.update
+        if made.eager or made.divided or update.veto is not None:
+            self.graph = None
+            return self.run(batch)
+        update.ready()
+        for graph in made.graphs:
+            if graph is self.graph:
+                continue
+            if graph.left:
+                if graph.fits(batch):
+                    return self._compared(graph, batch)
+            elif (step := graph.attempt(batch)) is not None:
+                self.graph = graph if not graph.dynamic else self.graph
+                update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
+                return step
+        how = made.how(batch, self.state.step)
+        if how == "eager":
+            return self.run(batch)
+        change = made.graphs[-1].why_not(batch) if made.graphs else ""
+        if made.in_vain():
+            told = change or "something in the batch or in the module"
+            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told} has changed")
+            return self.run(batch)
+        return self._compared(None, batch, dynamic=how == "dynamic", change=change)
+
+    def _in_parts(self, why: str, line: str = "") -> None:
+        self.graph = None
+        self.made.go_in_parts(why, line)
+        self.run.train_step = self.made.parts = Parts(self.run.objective, self.run.train_step, self.made)
+
+    def _compared(self, graph: WholeStep | None, batch: Any, *, dynamic: bool = False, change: str = "") -> Step:
+        """One of the first steps of a graph, held against eager; without a graph, one is compiled by it."""
+        made, update, objective = self.made, self.update, self.run.objective
+        started = time.perf_counter()
+        try:
+            expected, nudged = self._twins(batch)
+        except Exception as error:
+            step = self.run(batch)  # whose error it may be
+            made.give_up(f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}")
+            return step
+        before = _Before(objective)
+        try:
+            if graph is None:
+                trained = [name for name in expected.trained if name in update.parameters]
+                graph = WholeStep(objective, update, made.precision, trained, expected.changing, dynamic=dynamic)
+                before.take_state(update.optimizers)
+                step = graph.first(batch)
+                made.takes(graph, change)
+            else:
+                before.take_state(update.optimizers)
+                step = graph.attempt(batch)  # type: ignore[assignment]  # it fits
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            before.put_back()
+            if dynamic:
+                made.fixed = reason_of(error)[0]
+            else:
+                self._in_parts(*reason_of(error))
+            return self.run(batch)
+        found = of_step(step, objective, before.named, update)
+        told = differences(found, expected, nudged, before.sizes, made.precision)
+        if (
+            told and expected.draws
+        ):  # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does
+            kept, now = before, _Before(objective)
+            now.take_state(update.optimizers)
+            kept.put_back()
+            told = differences(found, *self._twins(batch, functional=True), before.sizes, made.precision)
+            now.put_back()
+        if told:
+            before.put_back()
+            made.give_up(f"compiled, a step differs from eager beyond rounding: {'; '.join(told[:4])}")
+            return self.run(batch)
+        graph.left -= 1
+        if not graph.left and not graph.dynamic:
+            self.graph = graph
+        made.report.compared += 1
+        made.report.seconds += time.perf_counter() - started
+        update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
+        return step
+
+    def _twins(self, batch: Any, *, functional: bool = False) -> tuple[Outcome, Outcome]:
+        """The step in eager, and the same with weights that are off by a rounding error."""
+        objective, update, precision = self.run.objective, self.update, self.made.precision
+        expected = Twin(objective, update, precision).step(batch, functional=functional)
+        return expected, Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
+
+
+class _Before:
+    """All that a step changes, as it was before."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._beginning = Beginning(Changing(objective))
+        named = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+        self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
+        self.sizes = sizes(objective)
+        self._parameters = dict(objective.named_parameters())
+        self._state: list[tuple[Tensor, Tensor]] = []
+
+    def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Take in what the optimizers keep."""
+        found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
+        self._state = [(value, value.clone()) for value in found if isinstance(value, Tensor)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make all of it what it was."""
+        self._beginning.put_back()
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.named[name])
+        for live, before in self._state:
+            live.copy_(before)

@@ -1,0 +1,96 @@
+"""The training step compiled in parts: forward and backward, where torch can; the update is done in eager."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from axontrain.execution.beginning import Beginning, Changing
+from axontrain.execution.breaks import reason_of
+from axontrain.execution.inductor import Backend
+from axontrain.execution.microbatches import out_of_memory
+from axontrain.execution.steps import check
+from axontrain.execution.twin import COMPARED, Twin, differences, of_step
+from axontrain.objective import Objective, Step
+
+if TYPE_CHECKING:
+    from axontrain.execution.compilation import Compilation
+
+
+class Parts:
+    """Computes what ``train_step`` gives by what torch has compiled of it.
+
+    Args:
+        objective: what is trained.
+        plain: its training step in eager.
+        made: what counts, and says whether it is to go on.
+    """
+
+    def __init__(self, objective: Objective, plain: Callable[[Any], Any], made: Compilation) -> None:
+        self.objective, self.plain, self.made = objective, plain, made
+        self.backend, self.left = Backend(direct=False), COMPARED
+
+        def train_step(batch: Any) -> Any:
+            return plain(batch)
+
+        # Of its own code, since Dynamo keeps what it compiles by that.
+        train_step.__code__ = train_step.__code__.replace(co_name="train_step")
+        self.compiled = torch.compile(train_step, backend=self.backend)
+
+    def __call__(self, batch: Any) -> Step:
+        if self.made.eager:
+            return self.plain(batch)  # type: ignore[no-any-return]  # what it is, the runner looks at
+        if self.left:
+            return self._compared(batch)
+        step: Step = self.compiled(batch)
+        self._count()
+        return step
+
+    def _count(self) -> None:
+        report = self.made.report
+        if (new := self.backend.graphs - report.graphs) > 0:
+            report.graphs += new
+            if not self.left:
+                report.recompilations += new
+                report.changes.append("something in the batch or in the module is another")
+
+    def _compared(self, batch: Any) -> Step:
+        """A step of the first, held against eager by its loss and its gradients."""
+        made, objective = self.made, self.objective
+        started, beginning = time.perf_counter(), Beginning(Changing(objective))
+        try:
+            expected, nudged = (Twin(objective, None, made.precision, nudged=nudged).step(batch) for nudged in (False, True))
+        except Exception as error:
+            plain: Step = self.plain(batch)  # whose error it may be
+            made.give_up(f"the objective cannot be copied, to hold what is compiled against eager: {error}")
+            return plain
+        before = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's own, of what it imports and of how it traces
+                tried = self.compiled(batch)
+            check(tried, objective)
+            names, live = zip(*((name, p) for name, p in objective.named_parameters() if p.requires_grad), strict=True)
+            gradients = zip(names, torch.autograd.grad(tried.loss, live, allow_unused=True), strict=True)
+            found = of_step(tried, objective, before)
+            found.found |= {f"the gradient of {name}": one for name, one in gradients if one is not None}
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            beginning.put_back(gradients=True)
+            made.give_up(*reason_of(error))
+            return self.plain(batch)  # type: ignore[no-any-return]
+        beginning.put_back(gradients=True)
+        if told := differences(found, expected, nudged, {}, made.precision):
+            made.give_up(f"compiled, a step differs from eager beyond rounding: {'; '.join(told[:4])}")
+            return self.plain(batch)  # type: ignore[no-any-return]
+        self.left -= 1
+        made.report.compared += 1
+        step: Step = self.compiled(batch)
+        self._count()
+        made.report.seconds += time.perf_counter() - started
+        return step

@@ -1,0 +1,50 @@
+"""How the steps of a Loop are computed: what ``loop.report()`` gives."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True, repr=False)
+class StepReport:
+    """How the steps of a Loop are computed, and why so.
+
+    Args:
+        how: "eager"; "one graph", the whole step compiled; "in parts", forward and backward compiled where torch can.
+        reason: why it is not one graph; "" where it is, or was not asked for.
+        graphs: how many were compiled.
+        recompilations: how many of them because a step fitted none of those before.
+        changes: what it was that did not fit, in torch's words.
+        compared: steps that were held against eager.
+        seconds: spent on compiling and comparing.
+
+    >>> print(StepReport("one graph", graphs=1, compared=3, seconds=4.2))
+    steps are computed as one graph: 1 graph, 0 recompilations, 3 steps held against eager, 4.2 s of compiling
+    """
+
+    how: str
+    reason: str = ""
+    graphs: int = 0
+    recompilations: int = 0
+    changes: list[str] = field(default_factory=list)
+    compared: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        head = f"steps are computed {'in eager' if self.how == 'eager' else self.how if 'in' in self.how else f'as {self.how}'}"
+        why = f" ({self.reason})" if self.reason else ""
+        if not self.graphs:
+            return f"{head}{why}"
+        counts = (
+            f"{self.graphs} graph{'s' if self.graphs > 1 else ''}, {self.recompilations} "
+            f"recompilation{'' if self.recompilations == 1 else 's'}, {self.compared} steps held against eager, "
+            f"{self.seconds:.1f} s of compiling"
+        )
+        return "\n".join([f"{head}{why}: {counts}", *(f"  recompiled: {change}" for change in self.changes)])
+
+    def __repr__(self) -> str:
+        return f"<StepReport {self}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
