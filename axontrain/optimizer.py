@@ -333,7 +333,9 @@ def build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
     said = {"fused", "foreach", "capturable", "differentiable"} & set(options)
     attempts = [options]
     can_fuse = fused and isinstance(factory, type) and "fused" in accepted and not said
-    if can_fuse and not options.get("dampening") and not any(p.is_complex() for p in tensors):
+    # Fused SGD of torch 2.13 leaves parameters of 16 bits on the CPU as they are, without a word.
+    broken = factory is torch.optim.SGD and any(p.device.type == "cpu" and p.element_size() < 4 for p in tensors)
+    if can_fuse and not broken and not options.get("dampening") and not any(p.is_complex() for p in tensors):
         attempts.insert(0, {**options, "fused": True})
     if "capturable" in accepted and not said and any(p.is_cuda for p in tensors):
         attempts[-1] = {**options, "capturable": True}  # keeps its step counts on the device

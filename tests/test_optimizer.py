@@ -592,3 +592,19 @@ def test_layers_near_the_input_learn_more_slowly():
 def test_groups_that_cannot_be_are_told(make, told):
     with pytest.raises(ax.ConfigurationError, match=told):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
+def test_every_element_of_a_parameter_is_trained_in_every_dtype(name, dtype):
+    # torch 2.13's fused SGD updated only what was left over of its vectors.
+    for size in (1, 16, 33, 64):
+        module = nn.ParameterDict({"p": nn.Parameter(torch.zeros(size, dtype=dtype))})
+        update = Update(
+            "main",
+            ax.Optimizer(name, lr=0.1, eps=1e-3) if name != "sgd" else ax.Optimizer(name, lr=0.1),
+            dict(module.named_parameters()),
+        )
+        module["p"].grad = torch.ones(size, dtype=dtype)
+        update.update(torch.zeros((), dtype=dtype), {})
+        torch.testing.assert_close(module["p"].detach(), torch.full((size,), -0.1, dtype=dtype), rtol=0.02, atol=0)
