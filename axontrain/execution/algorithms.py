@@ -101,7 +101,7 @@ def begin(form: Form, group: Mapping[str, Any], parameters: Sequence[Tensor], st
     """Make the state of parameters that have none, as the optimizer itself would at their first step."""
     on_device = bool(group.get("fused") or group.get("capturable"))
     wide = not group.get("fused") and torch.get_default_dtype() is torch.float64
-    for p in parameters:
+    for p in parameters if form.counts or form.keys else ():
         of_p = state[p]
         if form.counts and "step" not in of_p:
             dtype = torch.float64 if wide else torch.float32

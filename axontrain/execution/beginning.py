@@ -57,5 +57,20 @@ class Beginning:
         randomness.restore(self._rng)
 
 
+class Numbers:
+    """Numbers that a module counts in, as attributes: put back, where a step is computed once more that they have counted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._kept = [
+            (vars(part), {name: value for name, value in vars(part).items() if isinstance(value, (int, float))})
+            for part in module.modules()
+        ]
+
+    def put_back(self) -> None:
+        """Make them what they were."""
+        for attributes, kept in self._kept:
+            attributes.update(kept)
+
+
 def _copied(states: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, list) else value.clone() for name, value in states.items()}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.execution.beginning import Beginning, Changing
+from axontrain.execution.beginning import Beginning, Changing, Numbers
 from axontrain.execution.breaks import reason_of
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.microbatches import out_of_memory
@@ -51,7 +51,8 @@ class Compiled:
     def _otherwise(self, batch: Any) -> Step:
         """A step that the graph in use is not of."""
         made, update = self.made, self.update
-        if made.eager or made.divided or update.veto is not None:
+        watched = torch._C._len_torch_dispatch_stack()  # what is compiled under a mode, torch never runs again
+        if made.eager or made.divided or update.veto is not None or watched:
             self.graph = None
             return self.run(batch)
         update.ready()
@@ -143,7 +144,7 @@ class _Before:
     """All that a step changes, as it was before."""
 
     def __init__(self, objective: Objective) -> None:
-        self._beginning = Beginning(Changing(objective))
+        self._beginning, self._numbers = Beginning(Changing(objective)), Numbers(objective)
         named = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self.sizes = sizes(objective)
@@ -159,6 +160,7 @@ class _Before:
     def put_back(self) -> None:
         """Make all of it what it was."""
         self._beginning.put_back()
+        self._numbers.put_back()
         for name, parameter in self._parameters.items():
             parameter.copy_(self.named[name])
         for live, before in self._state:

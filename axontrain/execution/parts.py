@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from axontrain.execution.beginning import Beginning, Changing
+from axontrain.execution.beginning import Beginning, Changing, Numbers
 from axontrain.execution.breaks import reason_of
 from axontrain.execution.inductor import Backend
 from axontrain.execution.microbatches import out_of_memory
@@ -61,7 +61,7 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started, beginning = time.perf_counter(), Beginning(Changing(objective))
+        started, beginning, numbers = time.perf_counter(), Beginning(Changing(objective)), Numbers(objective)
         try:
             expected, nudged = (Twin(objective, None, made.precision, nudged=nudged).step(batch) for nudged in (False, True))
         except Exception as error:
@@ -82,9 +82,11 @@ class Parts:
             if out_of_memory(error):
                 raise
             beginning.put_back(gradients=True)
+            numbers.put_back()
             made.give_up(*reason_of(error))
             return self.plain(batch)  # type: ignore[no-any-return]
         beginning.put_back(gradients=True)
+        numbers.put_back()
         if told := differences(found, expected, nudged, {}, made.precision):
             made.give_up(f"compiled, a step differs from eager beyond rounding: {'; '.join(told[:4])}")
             return self.plain(batch)  # type: ignore[no-any-return]

@@ -97,12 +97,13 @@ class WholeStep:
         self.dynamic, self.left = dynamic, COMPARED
         self.layout = Layout(update, trained, changing)
         self.slots = [_slot(objective, name) for name in changing]
-        self.rates = [torch.zeros((), dtype=torch.float64, device=params[0].device) for params in self.layout.params]
+        # In double only where parameters are: Dynamo takes a scalar in double for a number, and reads it in a guard.
+        self.rates = [torch.zeros((), dtype=_wide(params[0]), device=params[0].device) for params in self.layout.params]
         self.set: list[Any] = [None for _ in self.rates]  # what those hold
         self.options = [itemgetter(*one.options) for one in self.layout.forms]
         self.constants = [tuple(one.options.values()) for one in self.layout.forms]
-        self.module = Forward(objective, precision)
-        self.function = _function(self.module, self.layout)
+        self.closure = {"module": Forward(objective, precision), "layout": self.layout}
+        self.function = _function(**self.closure)  # type: ignore[arg-type]  # each its own kind
         self.backend = Backend(direct=not dynamic)
         options: Any = {"guard_filter_fn": _matters}
         self._call: Callable[..., Any] = torch.compile(
@@ -136,7 +137,7 @@ class WholeStep:
         arguments = self._arguments(batch)
         torch._C._set_grad_enabled(False)
         try:
-            if self._check is not None and not self._check({**arguments, "module": self.module}):
+            if self._check is not None and not self._check({**arguments, **self.closure}):
                 return None
             loss, flag, (predictions, targets, weight, values, sample_weights) = self._call(**arguments)
         except Exception as error:
@@ -155,7 +156,7 @@ class WholeStep:
         if self._check is None:
             return True
         with torch.no_grad():
-            return self._check({**self._arguments(batch), "module": self.module})
+            return self._check({**self._arguments(batch), **self.closure})
 
     def why_not(self, batch: Any) -> str:
         """What of it does not fit any more, in torch's words; "" if that is not known."""
@@ -166,7 +167,7 @@ class WholeStep:
         check: Any = self._check
         try:
             with torch.no_grad():
-                told = check.__self__.check_verbose({**self._arguments(batch), "module": self.module})
+                told = check.__self__.check_verbose({**self._arguments(batch), **self.closure})
             return "; ".join(" ".join(str(part).partition("(HINT")[0].split()) for part in told.verbose_code_parts)
         except Exception:  # of another version of torch
             return ""
@@ -239,10 +240,14 @@ def _clipped(gradients: list[list[Tensor]], loss: Tensor, layout: Layout) -> tup
 
 
 def _norm(gradients: list[list[Tensor]]) -> Tensor:
-    wide = torch.float64 if gradients[0][0].dtype is torch.float64 else torch.float32
+    wide = _wide(gradients[0][0])
     norms = [torch.linalg.vector_norm(g).to(wide) for group in gradients for g in group]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str]:
