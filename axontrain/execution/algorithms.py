@@ -1,7 +1,10 @@
 """Algorithms: torch's optimizers as functions of tensors, which one graph can take in.
 
-A torch optimizer keeps its state by parameter and steps from ``p.grad``; its functional form, which torch has beside it, takes
-lists. What has no such form without a host read is updated by its optimizer, outside of the graph.
+A torch optimizer keeps its state by parameter and steps from ``p.grad``; its functional form, which torch has beside it,
+takes lists. That of SGD is used as it is. Adam's (Kingma and Ba 2015, arXiv:1412.6980; decoupled decay: Loshchilov and Hutter
+2019, arXiv:1711.05101) is written anew: in torch's the corrections of its bias are no tensors of their own, and Inductor
+computes two powers for each vector of a parameter, which costs a small network as much as its forward and backward passes.
+What has no form here is updated by its optimizer, outside of the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 # params, grads, the state's tensors by key, the learning rate: it writes into params and state
@@ -71,23 +73,32 @@ def _adam(group: Mapping[str, Any]) -> Form | str:
     keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
 
     def apply(params: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], lr: Tensor) -> None:
-        adam(
-            params,
-            grads,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if amsgrad else [],
-            state["step"],
-            foreach=True,
-            capturable=True,
-            fused=False,
-            beta1=betas[0],
-            beta2=betas[1],
-            lr=lr,
-            **options,
-        )
+        for index, (p, gradient) in enumerate(zip(params, grads, strict=True)):
+            mean, square, step = state["exp_avg"][index], state["exp_avg_sq"][index], state["step"][index]
+            g = -gradient if options["maximize"] else gradient
+            step.add_(1)
+            if options["weight_decay"] and options["decoupled_weight_decay"]:
+                p.mul_(1 - lr * options["weight_decay"])
+            elif options["weight_decay"]:
+                g = g + options["weight_decay"] * p
+            mean.lerp_(g, 1 - betas[0])
+            square.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            if amsgrad:
+                largest = state["max_exp_avg_sq"][index]
+                largest.copy_(torch.maximum(largest, square))
+                square = largest
+            # In double, as torch's fused kernels do: 1 - 0.999 in float32 has lost five digits.
+            count = step if p.device.type == "mps" else step.double()
+            rate = _once((lr / (1 - betas[0] ** count)).to(lr.dtype))
+            correction = _once((1 - betas[1] ** count).sqrt().to(lr.dtype))
+            p.sub_(rate * (mean / (square.sqrt() / correction + options["eps"])))
 
     return Form({**options, "betas": betas}, keys, True, apply)
+
+
+def _once(scalar: Tensor) -> Tensor:
+    """The same number, by a reduction: what is no reduction, Inductor computes anew for each element that it is used for."""
+    return scalar.expand(9).amax()
 
 
 FORMS: dict[type, Callable[[Mapping[str, Any]], Form | str]] = {

@@ -7,10 +7,12 @@ it costs as much as the graph.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # As of the random numbers of eager steps, so that the two can be compared, and that a run may change from one to the other.
 # Sizes and strides are what Dynamo's guards have looked at.
@@ -35,16 +37,29 @@ class Backend:
         self.closed = False  # whether another graph is an error
 
     def __call__(self, graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._functorch import config as functorch
-        from torch._inductor import config as inductor
-        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+        from torch._inductor import config
 
         if self.closed:
             raise ClosedError
         self.graphs += 1
-        options = {name: value for name, value in OPTIONS.items() if hasattr(inductor, name)}
-        if not self.direct:
-            return compile_fx(graph, inputs, config_patches=options)  # type: ignore[return-value]  # a callable
+        options = {name: value for name, value in OPTIONS.items() if hasattr(config, name)}
+        compiled = self._direct if self.direct else self._whole
+        if all(one.device.type == "cpu" for one in inputs if isinstance(one, Tensor)):
+            try:  # what calls the kernels in C++, too: of a small step that is a fifth
+                return compiled(copy.deepcopy(graph), inputs, {**options, "cpp_wrapper": True})
+            except Exception:  # not all that Python can call, that can
+                return compiled(graph, inputs, options)
+        return compiled(graph, inputs, options)
+
+    def _whole(self, graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=options)  # type: ignore[return-value]  # a callable
+
+    def _direct(self, graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+        from torch._functorch import config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
         found: list[tuple[Any, int, bool]] = []
 
         def inner(graph: Any, inputs: Sequence[Any], **options: Any) -> Any:
@@ -52,7 +67,7 @@ class Backend:
             found.append((code, len(inputs), _is_whole()))
             return code
 
-        with functorch.patch(enable_autograd_cache=False):  # else what was compiled before is not given to inner
+        with config.patch(enable_autograd_cache=False):  # else what was compiled before is not given to inner
             compiled = compile_fx(graph, inputs, inner_compile=inner, config_patches=options)
         if len(found) == 1 and found[0][1] == len(inputs) and found[0][2]:
             call = getattr(found[0][0], "current_callable", None)
