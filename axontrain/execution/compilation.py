@@ -17,7 +17,7 @@ from axontrain.execution.twin import COMPARED
 
 if TYPE_CHECKING:  # imported when something is compiled
     from axontrain.execution.parts import Parts
-    from axontrain.execution.whole import WholeStep
+    from axontrain.execution.whole_step import WholeStep
 
 MOST_GRAPHS = 8
 IN_VAIN = 3  # so many graphs, each of which was of one step only: something changes each step

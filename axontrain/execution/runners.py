@@ -52,7 +52,7 @@ def runner(
 
 def _compiled(run: Runner, state: LoopState, after_backward: Callable[[LoopState], None] | None, made: Compilation) -> Runner:
     """The same steps compiled: as one graph, or the forward and backward of each part."""
-    from axontrain.execution.compiled import Compiled
+    from axontrain.execution.one_graph import OneGraph
     from axontrain.execution.parts import Parts
 
     if not isinstance(run, OneLoss):
@@ -72,7 +72,7 @@ def _compiled(run: Runner, state: LoopState, after_backward: Callable[[LoopState
     elif only.spec.closure:
         why = "the optimizer evaluates the loss by itself"
     if not why:
-        return Compiled(run, state, made)
+        return OneGraph(run, state, made)
     if not made.eager:
         made.report.how, made.report.reason = "in parts", why
         if made.parts is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import axontrain as ax
 from axontrain.execution import twin
-from axontrain.execution.whole import WholeStep
+from axontrain.execution.whole_step import WholeStep
 
 
 def table(samples=160, seed=0, width=8):

@@ -18,12 +18,12 @@ from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
 from axontrain.execution.twin import Outcome, Twin, differences, of_step, sizes
-from axontrain.execution.whole import WholeStep
+from axontrain.execution.whole_step import WholeStep
 from axontrain.objective import Objective, Step
 from axontrain.state import LoopState
 
 
-class Compiled:
+class OneGraph:
     """Steps of one loss and one optimizer, as one graph; those that no graph is of, as another runner does them.
 
     Args:
