@@ -17,7 +17,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -147,8 +146,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.directory) as temporary:
         rows = measured(given.gigabytes, given.rounds, Path(temporary), given.seed)
-    told = f"state: {given.gigabytes:g} GB, rounds: {given.rounds}; median (range)"
-    print(f"{datetime.now(UTC):%Y-%m-%d}, {report.machine()}, torch {torch.__version__}, {told}\n")
+    about = f"torch {torch.__version__}", f"state: {given.gigabytes:g} GB", f"rounds: {given.rounds}; median (range)."
+    print(f"{report.heading('checkpoints', *about)}\n")
     header = ["contender", "stall, s", "over torch.save", "until written, s", "a step meanwhile, over before"]
     print(report.table(header, rows, markdown=given.markdown))
 

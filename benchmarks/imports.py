@@ -64,6 +64,7 @@ def main() -> None:
         spread = f"{median(wall):.0f} ({min(wall):.0f}–{max(wall):.0f})"
         title = f"{modules(CONTENDERS[name])} {installed[name].version}".strip()
         body.append([title, spread, f"{median(cpu):.0f}", f"{median(count):.0f}"])
+    print(f"{report.heading('imports', f'rounds: {arguments.rounds}; medians.')}\n")
     header = ["import, after torch", "ms (min–max)", "CPU ms", "modules"]
     print(report.table(header, body, markdown=arguments.markdown))
     if times.get("axontrain"):

@@ -33,6 +33,7 @@ import axontrain as ax
 from axontrain.checkpoint import read, write
 from axontrain.checkpoint.directory import is_whole
 from axontrain.checkpoint.runs import NAME
+from benchmarks import report
 from benchmarks.fuzz_checkpoints import different, same
 
 ROOT = Path(__file__).parent.parent
@@ -341,11 +342,12 @@ def timeless(tree: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def table(counts: Counts, seconds: float) -> str:
-    """The counts, a line each."""
+def table(counts: Counts, seconds: float, *, markdown: bool) -> str:
+    """The counts, a line each, and what went wrong."""
     numbers = {name: value for name, value in asdict(counts).items() if name != "told"}
-    lines = [f"{name.replace('_', ' '):20}{value:8,}" for name, value in numbers.items()]
-    return "\n".join([*lines, f"{'seconds':20}{seconds:8,.0f}", *counts.told])
+    body = [[name.replace("_", " "), f"{value:,}"] for name, value in numbers.items()]
+    body.append(["seconds", f"{seconds:,.0f}"])
+    return "\n".join([report.table(["counted", "times"], body, markdown=markdown), *counts.told])
 
 
 def main() -> int:
@@ -354,12 +356,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of when it kills; the instants themselves are the machine's")
     parser.add_argument("--directory", help="where the runs are; a temporary directory unless given")
     parser.add_argument("--json", action="store_true", help="print the counts as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         counts = Killer(Path(directory), arguments.seed).kill(arguments.kills)
-    print(json.dumps(asdict(counts)) if arguments.json else table(counts, time.monotonic() - begun))
+    if arguments.json:
+        print(json.dumps(asdict(counts)))
+    else:
+        print(f"{report.heading('kills', f'torch {torch.__version__}')}\n")
+        print(table(counts, time.monotonic() - begun, markdown=arguments.markdown))
     return 1 if counts.bad else 0
 
 

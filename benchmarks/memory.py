@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -132,7 +131,7 @@ def one(case: str, contender: str) -> dict[str, float]:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     by_axontrain(Net(2, 1).to(device), [(torch.ones(2, 2), torch.ones(2, 2))])  # imports what is imported when it is used
-    before = 0.0 if device.type == "cuda" else _resident()
+    before = 0.0 if device.type == "cuda" else resident()
     torch.manual_seed(0)
     objective = Net(sizes["width"], sizes["layers"]).to(device)
     shape = (sizes["batch"], sizes["width"])
@@ -142,7 +141,8 @@ def one(case: str, contender: str) -> dict[str, float]:
     return {"mib": peak - before, "loss": loss}
 
 
-def _resident() -> float:
+def resident() -> float:
+    """MiB that this process holds in memory just now (of /proc, so on Linux alone)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -152,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="what the processes of a run are called with")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(one(*given.one)))
@@ -176,8 +177,8 @@ def main() -> None:
                 f"{losses[0]:.6f}" if abs(losses[0] - losses[1]) <= 1e-5 * abs(losses[0]) else f"differ: {losses}",
             ]
         )
-    print(f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, {report.machine()}, {given.rounds} rounds")
-    print(report.table(["case", "by hand MiB", "axontrain MiB", "ratio", "loss of both"], body, markdown=True))
+    print(f"{report.heading('memory', f'torch {torch.__version__}', f'rounds: {given.rounds}; medians.')}\n")
+    print(report.table(["case", "by hand MiB", "axontrain MiB", "ratio", "loss of both"], body, markdown=given.markdown))
 
 
 if __name__ == "__main__":

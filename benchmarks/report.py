@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -111,6 +114,13 @@ def table(header: list[str], body: list[list[str]], *, markdown: bool) -> str:
 
     rule = ["-" * (width - 1) + (":" if i and markdown else "-") for i, width in enumerate(widths)]
     return "\n".join([line(header), line(rule), *map(line, body)])
+
+
+def heading(name: str, *about: str, arguments: Sequence[str] | None = None) -> str:
+    """Say what was run, when, and where: the command without the option that only changes how it prints."""
+    given = shlex.join(one for one in (sys.argv[1:] if arguments is None else arguments) if one != "--markdown")
+    command = f"python -m benchmarks.{name} {given}".strip()
+    return ", ".join([f"`{command}`", datetime.now(UTC).date().isoformat(), machine(), *about])
 
 
 def machine() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from statistics import median
 from time import perf_counter
 
@@ -192,11 +191,15 @@ def main() -> None:
     """Print the two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, {report.machine()}, {DEVICE}, {given.rounds} rounds\n")
-    print(report.table(["a step with", "by hand µs", "axontrain µs", "ratio"], steps(given.rounds), markdown=True), "\n")
-    print(report.table(["optimizer", "kernel", "bare µs", "guarded µs", "more µs"], updates(given.rounds), markdown=True))
+    about = f"torch {torch.__version__}", DEVICE, "one thread used", f"rounds: {given.rounds}; medians."
+    print(f"{report.heading('updates', *about)}\n")
+    header = ["a step with", "by hand µs", "axontrain µs", "ratio"]
+    print(report.table(header, steps(given.rounds), markdown=given.markdown), "\n")
+    header = ["optimizer", "kernel", "bare µs", "guarded µs", "more µs"]
+    print(report.table(header, updates(given.rounds), markdown=given.markdown))
 
 
 if __name__ == "__main__":

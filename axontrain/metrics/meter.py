@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -223,12 +224,52 @@ class Meter:
                 tally.load_state_dict(self._saved.pop(tally.name))
 
 
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """A group of small steps in one tensor each, which waits until it is known which of them were skipped.
+
+    What waits may be the steps of a whole second: as tensors of their own they would take many times what is in them, and
+    Python's collector of garbage would look through them all.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    skipped: Tensor  # (steps,) of flags
+    weights: Tensor | None
+    rows: tuple[list[int], list[int], list[int]]  # of each step's predictions, targets, and weights
+
+    @classmethod
+    def of(cls, group: list[Waiting]) -> _Joined | None:
+        """Join the steps of a group; None where they do not fit, or there is none that could be skipped."""
+        flags = [flag for _, _, flag, _ in group if flag is not None]
+        if len(flags) < len(group) or not all(_fits(group[0], entry) for entry in group):
+            return None
+        rows = [len(p) for p, *_ in group], [len(t) for _, t, *_ in group], [len(w) for *_, w in group if w is not None]
+        predictions, targets, weights = _together(group)
+        return cls(predictions, targets, torch.stack(flags), weights, rows)
+
+    def kept(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Read the flags: what is left without the steps that were skipped, None if that is nothing."""
+        read = self.skipped.tolist()
+        if not any(read):
+            return self.predictions, self.targets, self.weights
+        kept = [step for step, flag in zip(self.steps(), read, strict=True) if not flag]
+        return _together(kept) if kept else None
+
+    def steps(self) -> list[Waiting]:
+        """The steps, as they were recorded."""
+        predictions, targets = torch.split(self.predictions, self.rows[0]), torch.split(self.targets, self.rows[1])
+        weights = [None] * len(predictions) if self.weights is None else torch.split(self.weights, self.rows[2])
+        return list(zip(predictions, targets, self.skipped.unbind(), weights, strict=True))
+
+
 class _Tally:
     """One torchmetrics metric, and the predictions that it has not been given yet."""
 
     def __init__(self, built: Built) -> None:
         assert built.metric is not None
         self.built, self.name, self.metric = built, built.name, built.metric
+        self.groups: list[_Joined | list[Waiting]] = []  # of FOLD steps each, before those that are waiting
         self.waiting: list[Waiting] = []
         self.bytes = 0
         self.updates = 0
@@ -238,19 +279,19 @@ class _Tally:
         size = _bytes(predictions) + _bytes(targets)
         joined = self.built.joinable and size <= SMALL_BYTES
         if not joined and not (self.listed and skipped is not None):
-            if self.waiting:
-                self._consume(len(self.waiting))
+            if self.groups or self.waiting:
+                self._consume(rest=True)
             self._update(predictions, targets, skipped, weights)
             return
         # Copies: a model may write its outputs into one buffer, a loader its batches.
-        self.waiting.append((_copied(predictions), _copied(targets), skipped, None if weights is None else weights.clone()))
+        self._wait((_copied(predictions), _copied(targets), skipped, None if weights is None else weights.clone()))
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
-        if self.bytes > MOST_BYTES or (skipped is None and len(self.waiting) >= FOLD):
-            self._consume(len(self.waiting) // FOLD * FOLD if self.built.joinable else len(self.waiting))
+        if self.bytes > MOST_BYTES or (skipped is None and self.groups):
+            self._consume(rest=not self.built.joinable)
 
     def read(self, last: bool) -> dict[str, Any]:
-        self._consume(len(self.waiting) if last else len(self.waiting) // FOLD * FOLD)
+        self._consume(rest=last)
         metric, updates = self.metric, self.updates
         if self.waiting:
             metric = metric.clone()
@@ -269,13 +310,14 @@ class _Tally:
 
     def reset(self) -> None:
         self.metric.reset()
-        self.waiting, self.bytes, self.updates = [], 0, 0
+        self.groups, self.waiting, self.bytes, self.updates = [], [], 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         states = {key: getattr(self.metric, key) for key in self.metric._defaults}
+        every = [entry for group in self.groups for entry in (group.steps() if isinstance(group, _Joined) else group)]
         return {
             "states": {k: list(v) if isinstance(v, list) else v.clone() for k, v in states.items()},
-            "waiting": [list(entry) for entry in self.waiting],
+            "waiting": [list(entry) for entry in (*every, *self.waiting)],
             "updates": self.updates,
         }
 
@@ -286,19 +328,37 @@ class _Tally:
                 raise MetricError(f"the metric {self.name!r} has no state {key!r}: the saved one was another metric")
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        self.waiting = [(p, t, flag, weights) for p, t, flag, weights in state["waiting"]]
-        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting)
+        for p, t, flag, weights in state["waiting"]:
+            self._wait((p, t, flag, weights))
+            self.bytes += _bytes(p) + _bytes(t)
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
 
-    def _consume(self, count: int) -> None:
-        for first in range(0, count, FOLD):
-            self.updates += self._give(self.metric, self.waiting[first : min(first + FOLD, count)])
-        self.waiting = self.waiting[count:]
+    def _wait(self, entry: Waiting) -> None:
+        self.waiting.append(entry)
+        if len(self.waiting) == FOLD:
+            joined = _Joined.of(self.waiting) if self.built.joinable else None
+            self.groups.append(self.waiting if joined is None else joined)
+            self.waiting = []
+
+    def _consume(self, *, rest: bool) -> None:
+        """Give the metric the complete groups, and the ``rest`` too if it says so."""
+        groups, self.groups = self.groups, []
+        if rest and self.waiting:
+            groups.append(self.waiting)
+            self.waiting = []
+        for group in groups:
+            self.updates += self._give(self.metric, group)
         self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting)
 
-    def _give(self, metric: Any, group: list[Waiting]) -> int:
+    def _give(self, metric: Any, group: _Joined | list[Waiting]) -> int:
+        if isinstance(group, _Joined):
+            kept = group.kept()
+            if kept is None:
+                return 0
+            self._checked(metric, *kept)
+            return 1
         flags = [flag for _, _, flag, _ in group if flag is not None]
         if flags and any(read := torch.stack(flags).tolist()):
             left_out = iter(read)
@@ -309,13 +369,7 @@ class _Tally:
             if self.built.joinable:
                 while last < len(group) and _fits(group[first], group[last]):
                     last += 1
-            part = group[first:last]
-            predictions, targets, _, weights = part[0]
-            if len(part) > 1:
-                predictions, targets = torch.cat([p for p, _, _, _ in part]), torch.cat([t for _, t, _, _ in part])
-                if weights is not None:
-                    weights = torch.cat([w for _, _, _, w in part])  # type: ignore[misc]  # as _fits saw
-            self._checked(metric, predictions, targets, weights)
+            self._checked(metric, *_together(group[first:last]))
             count, first = count + 1, last
         return count
 
@@ -404,6 +458,16 @@ def _copied(value: Any) -> Any:
 
 def _bytes(value: Any) -> int:
     return value.nbytes if isinstance(value, Tensor) else SMALL_BYTES + 1
+
+
+def _together(steps: list[Waiting]) -> tuple[Any, Any, Tensor | None]:
+    """Predictions, targets and weights of steps that fit."""
+    predictions, targets, _, weights = steps[0]
+    if len(steps) > 1:
+        predictions, targets = torch.cat([p for p, _, _, _ in steps]), torch.cat([t for _, t, _, _ in steps])
+        if weights is not None:
+            weights = torch.cat([w for _, _, _, w in steps])  # type: ignore[misc]  # as _fits saw
+    return predictions, targets, weights
 
 
 def _fits(a: Waiting, b: Waiting) -> bool:

@@ -1,3 +1,4 @@
+import gc
 import math
 
 import pytest
@@ -110,6 +111,44 @@ def test_reading_changes_no_later_reading_over_many_folds(monkeypatch, flagged, 
         if index in (0, 100, 255, 256, 300, 600, 601):
             asked.read()
     assert asked.read() == quiet.read()
+
+
+def tensors():
+    gc.collect()
+    return sum(issubclass(type(one), torch.Tensor) for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_waits_for_a_reading_is_a_few_tensors(weighted):
+    # A step of a tiny model takes so little time that ten thousand wait for a reading once a second.
+    def taken(count):
+        for step in steps([4] * count, skipped={3, 2 * meter.FOLD + 1}):
+            step.sample_weights = torch.ones(4) if weighted else None
+            yield step
+
+    one = fed(["accuracy", "f1"], taken(2 * meter.FOLD))
+    before = tensors()
+    for step in taken(20 * meter.FOLD):
+        one.record(step)
+    del step
+    assert tensors() - before < meter.FOLD
+    assert len(one.state_dict()["metrics"]["f1"]["waiting"]) == 22 * meter.FOLD
+
+
+@pytest.mark.parametrize("left_out", [range(0, 600, 7), range(256), range(600)], ids=["some", "a fold", "all"])
+@pytest.mark.parametrize("lengths", [[3], [3, 5, 2]], ids=["alike", "ragged"])
+def test_steps_that_were_skipped_are_left_out_over_many_folds(lengths, left_out):
+    made = torch.Generator().manual_seed(0)
+    flagged, plain = Meter(["mae"]), Meter(["mae"])
+    for index in range(600):
+        predictions, targets = torch.randn(2, 2, lengths[index % len(lengths)], generator=made)  # do not fit, if ragged
+        if skipped := index in left_out:
+            predictions[:] = math.nan
+        flagged.record(Step(torch.tensor(1.0), predictions, targets, 2, {}, torch.tensor(float(skipped))))
+        if not skipped:
+            plain.record(Step(torch.tensor(1.0), predictions, targets, 2))
+    found, expected = (one.read().get("mae", -1.0) for one in (flagged, plain))  # no reading where nothing is left
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("flagged", [False, True], ids=["evaluation", "training"])
