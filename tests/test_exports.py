@@ -38,6 +38,7 @@ EXPORTED = [
     "Optimizer",
     "OptimizerError",
     "OutOfRangeError",
+    "Profiler",
     "ProgressBar",
     "ReduceLROnPlateau",
     "Report",
