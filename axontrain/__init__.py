@@ -16,6 +16,7 @@ from axontrain.callbacks import (
     ProgressBar,
     ReduceLROnPlateau,
     SpikeGuard,
+    Throughput,
     Unfreeze,
 )
 from axontrain.checkpoint.weights import load_weights
@@ -102,6 +103,7 @@ __all__ = [
     "Supervised",
     "TableDataset",
     "TaskBatch",
+    "Throughput",
     "Unfreeze",
     "UnknownNameError",
     "UnknownOptionError",

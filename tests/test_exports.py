@@ -51,6 +51,7 @@ EXPORTED = [
     "Supervised",
     "TableDataset",
     "TaskBatch",
+    "Throughput",
     "Unfreeze",
     "UnknownNameError",
     "UnknownOptionError",

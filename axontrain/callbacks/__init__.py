@@ -8,6 +8,7 @@ from axontrain.callbacks.profiler import Profiler
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.callbacks.reduce_lr import ReduceLROnPlateau
 from axontrain.callbacks.spikes import SpikeGuard
+from axontrain.callbacks.throughput import Throughput
 
 __all__ = [
     "Checkpoint",
@@ -18,5 +19,6 @@ __all__ = [
     "ProgressBar",
     "ReduceLROnPlateau",
     "SpikeGuard",
+    "Throughput",
     "Unfreeze",
 ]

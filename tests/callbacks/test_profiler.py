@@ -405,3 +405,15 @@ def test_a_file_in_the_directorys_place_is_an_error(tmp_path):
 def test_wrong_options_are_told(options, told):
     with pytest.raises(ax.ConfigurationError, match=told):
         ax.Profiler(**options)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)")
+def test_on_a_gpu_its_kernels_are_in_the_trace(tmp_path):
+    profiler = ax.Profiler(tmp_path, steps=range(4, 6))
+    loop_of(profiler).fit(TRAIN, TEST, epochs=2, batch_size=8)
+    assert steps_of(profiler) == [[4, 5]]
+    assert any(event.get("cat") == "kernel" for event in read(profiler.files[0]))
