@@ -25,18 +25,18 @@ WAIT, REST = "wait", "rest"
 class Throughput(Reader):
     """Record how fast training is, of the steps since the last reading (or since the fit began, or went on).
 
-    =============================== =====================================================================================
-    reading                         what it is
-    =============================== =====================================================================================
+    ================================= ================================================================================
+    reading                           what it is
+    ================================= ================================================================================
     ``throughput/steps_per_second``   steps by seconds of training
     ``throughput/samples_per_second`` samples by seconds of training
     ``throughput/tokens_per_second``  tokens by seconds of training, where there are tokens
     ``throughput/data_wait``          the share of the training time that went by waiting for batches, 0 to 1
-    ``throughput/mfu``                model FLOPs utilization, 0 to 1 (Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
-                                      FLOPs of the model by seconds of training, as a share of the device's peak
+    ``throughput/mfu``                model FLOPs utilization, 0 to 1 (Chowdhery et al. 2022, arXiv:2204.02311,
+                                      appendix B): FLOPs by seconds of training, as a share of the device's peak
     ``throughput/peak_memory``        bytes, the most so far: on a CUDA device those of its tensors
                                       (``torch.cuda.max_memory_allocated``), elsewhere what the process had resident
-    =============================== =====================================================================================
+    ================================= ================================================================================
 
     They are read at each epoch's end and where a fit ends within one; with ``every=`` at any other cadence (see
     :class:`axontrain.Every`). Between readings nothing waits for the device; a reading waits once, for the steps that it is of.
@@ -49,10 +49,11 @@ class Throughput(Reader):
 
     FLOPs are counted once, by torch's ``FlopCounterMode``, of the first batch of a fit (of each task of a Mixture): its forward
     and its backward as they are dispatched, on a copy of the objective with a copy of the batch, so that nothing changes. They
-    are then taken for each sample, so that smaller batches count less. Their limits are: counted are matrix products,
-    convolutions and attention alone, what is computed anew in backward (checkpointing) too, and the update not; kernels of
-    others are not seen; samples whose lengths differ are taken to be like those of the first batch. For one step that takes the
-    memory of a second copy of the weights. ``flops=`` spares it.
+    are then taken for each sample, so that smaller batches count less. Their limits: matrix products, convolutions and
+    attention are counted alone, and kernels of others are not seen; what is computed anew in backward (checkpointing) counts,
+    the update does not; what is compiled counts as it would without; samples whose lengths differ are taken to be like those of
+    the first batch, and what is frozen or unfrozen later is not seen. For one step it takes the memory of a second copy of the
+    weights and of their gradients. ``flops=`` spares it.
 
     Args:
         tokens: a function of a batch that counts its tokens: an int, or a scalar tensor, which is summed on its device. Unless

@@ -3,8 +3,11 @@
 import gzip
 import itertools
 import json
+import signal
+import sys
 import warnings
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,9 +119,22 @@ def test_a_step_that_a_hook_has_left_out_ends_before_the_next(tmp_path):
     loop = loop_of(profiler)
     loop.on("before_batch")(lambda state: ax.StopEpoch("enough") if (state.epoch, state.step) == (0, 2) else None)
     loop.fit(TRAIN, epochs=2, batch_size=8)
-    spans = [(e["ts"], e["ts"] + e["dur"]) for e in read(profiler.files[0]) if e["name"].startswith("step ")]
+    spans = [(e["ts"], e["ts"] + e["dur"]) for e in read(profiler.files[0]) if e["name"].startswith(("step ", "data"))]
     assert named(profiler.files[0]) == [2, 3, 3, 4]
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(sorted(spans)))
+
+
+def test_the_end_of_data_of_no_known_length_is_no_step(tmp_path):
+    batches = list(ax.Loader(TRAIN, 8))
+
+    class Stream:
+        def __iter__(self):
+            return iter(batches)
+
+    profiler = ax.Profiler(tmp_path, steps=range(4, 8))
+    loop_of(profiler).fit(Stream(), epochs=2)
+    assert steps_of(profiler) == [[4, 5, 6, 7]]
+    assert named(profiler.files[0], "ProfilerStep#") == [4, 5, 6, 7]
 
 
 def test_data_that_has_more_than_in_its_last_pass_is_recorded_by_its_steps(tmp_path):
@@ -225,7 +241,11 @@ def stop(state):
     return ax.Stop("enough")
 
 
-def interrupt(state):
+def press(state):
+    signal.raise_signal(signal.SIGINT)
+
+
+def press_again(state):
     raise KeyboardInterrupt
 
 
@@ -234,13 +254,14 @@ def fail(state):
 
 
 @pytest.mark.parametrize("hook", ["after_batch", "after_backward", "before_batch"])
-@pytest.mark.parametrize("act", [stop, interrupt, fail])
+@pytest.mark.parametrize("act", [stop, press, press_again, fail])
 def test_what_ends_a_fit_within_a_recording_leaves_the_trace_so_far(tmp_path, hook, act):
     profiler = ax.Profiler(tmp_path, steps=range(3, 9))
     loop = loop_of(profiler)
     loop.on(hook, every=lambda state: state.step == 4, first=1)(act)
-    if act is stop:
-        assert loop.fit(TRAIN, epochs=2, batch_size=8).status == "stopped"
+    if act in (stop, press):
+        status = loop.fit(TRAIN, epochs=2, batch_size=8).status
+        assert status == ("stopped" if act is stop else "interrupted")
     else:
         with pytest.raises((KeyboardInterrupt, ValueError)):
             loop.fit(TRAIN, epochs=2, batch_size=8)
@@ -317,6 +338,24 @@ def test_training_is_bitwise_the_same(tmp_path, options):
     assert torch.equal(plain.save()["rng"]["torch"], profiled.save()["rng"]["torch"])
 
 
+def test_no_frame_lies_between_fit_and_backward_for_it(tmp_path, monkeypatch):
+    seen, backward, package = [], torch.Tensor.backward, str(Path(ax.__file__).parent)
+
+    def spy(self, *args, **kwargs):
+        frame, names = sys._getframe(1), []
+        while frame is not None:
+            if frame.f_code.co_filename.startswith(package):
+                names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        seen.append(names)
+        return backward(self, *args, **kwargs)
+
+    loop = loop_of(ax.Profiler(tmp_path, steps=range(2, 4)), ax.Throughput(peak=None))
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    loop.fit(TRAIN, epochs=1, batch_size=8)
+    assert seen == [["__call__", "_algorithm", "fit"]] * 5
+
+
 # --- one at a time ----------------------------------------------------------------------------------------------------
 
 
@@ -346,11 +385,12 @@ def users():
 
 
 def test_within_a_profiler_of_the_users_own_it_is_an_error(tmp_path):
-    profiler = ax.Profiler(tmp_path, steps=range(2, 3))
+    loop = loop_of(ax.Profiler(tmp_path, steps=range(4, 5)))
     with users() as own:
         with pytest.raises(ax.ConfigurationError, match=r"within a torch.profiler that is recording"):
-            loop_of(profiler).fit(TRAIN, epochs=1, batch_size=8)
+            loop.fit(TRAIN, epochs=1, batch_size=8)
         torch.ones(3).cumsum(0)
+    assert loop.state.step == 0
     assert "aten::cumsum" in {event.name for event in own.events()}, "theirs goes on"
     assert list(tmp_path.iterdir()) == []
 
