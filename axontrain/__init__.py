@@ -12,9 +12,11 @@ from axontrain.callbacks import (
     EarlyStopping,
     Freeze,
     LearningRate,
+    Profiler,
     ProgressBar,
     ReduceLROnPlateau,
     SpikeGuard,
+    Throughput,
     Unfreeze,
 )
 from axontrain.checkpoint.weights import load_weights
@@ -88,6 +90,7 @@ __all__ = [
     "Optimizer",
     "OptimizerError",
     "OutOfRangeError",
+    "Profiler",
     "ProgressBar",
     "ReduceLROnPlateau",
     "Report",
@@ -100,6 +103,7 @@ __all__ = [
     "Supervised",
     "TableDataset",
     "TaskBatch",
+    "Throughput",
     "Unfreeze",
     "UnknownNameError",
     "UnknownOptionError",

@@ -6,7 +6,7 @@ A hook that no callback overrides costs nothing: the loop holds None in its plac
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -73,6 +73,8 @@ class Callback:
     cadences: dict[str, Cadence]  # of the present fit, by hook
     # Whether before_fit says by itself, from a state of its own, that it has ended the run that is resumed.
     restates = False
+    # Hooks that are called on each occasion, ``every`` or not, and ask ``self.cadences[hook]`` by themselves.
+    asks: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -170,6 +172,17 @@ class Saver(Callback, abc.ABC):
         """At the very end, whatever ended it."""
 
 
+class Reader(Callback, abc.ABC):
+    """A callback that the batches of training pass through, on their way from the data to the loop.
+
+    So it sees when the loop asks for the next one, and when it gets it. Without one there is nothing in between.
+    """
+
+    @abc.abstractmethod
+    def reading(self, batches: Iterator[Any], state: LoopState) -> Iterator[Any]:
+        """The same batches, of a pass over the data or of what is left of it, each asked for when it is wanted."""
+
+
 class FunctionCallback(Callback):
     """A function on a hook; what ``Loop.on`` makes."""
 
@@ -218,6 +231,7 @@ class Hooks:
                     cadence = state.cadence(f"{key}.{hook}", callback.every)
                     cadence.start(state, resumed=resumed)
                     callback.cadences[hook] = cadence
+                    cadence = None if hook in callback.asks else cadence
                 wanted.append((getattr(callback, hook), cadence, (key, callback.given)))
             setattr(self, hook, _caller(hook, wanted) if wanted else None)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from axontrain import callback
-from axontrain.callback import Callback, FunctionCallback, Hooks, Saver
+from axontrain.callback import Callback, FunctionCallback, Hooks, Reader, Saver
 from axontrain.callbacks.checkpoint import Checkpoint
 from axontrain.callbacks.progress import ProgressBar
 from axontrain.checkpoint import runs, schema
@@ -251,7 +251,8 @@ class Start:
         hooks = Hooks(taking_part, state, resumed=resumed)
         train_step, meter = self.runner(hooks.after_backward, cut), Meter(self.eval_metrics)
         of = (stream, validating, self.judge, self.precision, meter, cadence, hooks, train_step, state.step)
-        run = Run(state, plan, *of, savers=savers)
+        readers = tuple(one for one in taking_part if isinstance(one, Reader))
+        run = Run(state, plan, *of, savers=savers, readers=readers)
         run.pending, state.halt = pending, None
         return run
 

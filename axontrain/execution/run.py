@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from axontrain import randomness
-from axontrain.callback import GoBack, Hooks, Saver
+from axontrain.callback import GoBack, Hooks, Reader, Saver
 from axontrain.clock import Cadence, Plan
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteError, WorkerError
@@ -63,6 +63,7 @@ class Run:
     interrupt: str = ""  # Ctrl-C or SIGTERM, once it was seen
     terminated: bool = False
     savers: tuple[Saver, ...] = ()
+    readers: tuple[Reader, ...] = ()
     again: Callable[[], Run] | None = None  # begins the same fit once more, resumed
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
@@ -94,7 +95,10 @@ class Run:
         if state.request is not None or self.interrupt:
             return
         try:
-            for batch in self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index):
+            batches = self.train.batches(state.seed, state.epoch, state.batch_index, state.step - state.batch_index)
+            for reader in self.readers:
+                batches = reader.reading(batches, state)
+            for batch in batches:
                 self.batch = batch
                 yield batch
                 self.batch = None
