@@ -6,6 +6,7 @@ Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loo
 from typing import TYPE_CHECKING, Any
 
 from axontrain import averages, data, metrics, schedules
+from axontrain.audit import Audit, audit
 from axontrain.callback import Callback
 from axontrain.callbacks import (
     Checkpoint,
@@ -57,6 +58,7 @@ __version__ = VERSION
 
 __all__ = [
     "ArrayDataset",
+    "Audit",
     "AxonError",
     "AxonWarning",
     "BatchMismatchError",
@@ -104,6 +106,7 @@ __all__ = [
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
+    "audit",
     "averages",
     "data",
     "layerwise",

@@ -23,6 +23,7 @@ from axontrain import randomness
 from axontrain.data.structure import tensors
 from axontrain.errors import kind_of
 from axontrain.execution import modes
+from axontrain.execution.compiled import uncompiled
 from axontrain.execution.lines import OWN, TORCH, written
 from axontrain.execution.precision import Precision
 from axontrain.objective import Accumulated, Objective, Step, total
@@ -62,7 +63,7 @@ def replay(objective: Objective, batch: Any, precision: Precision) -> Origin | N
 
     The objective, its gradients and the random generators are as before; None if everything was finite.
     """
-    with randomness.kept(), precision.settings():
+    with randomness.kept(), precision.settings(), uncompiled():
         copied: Objective = copy.deepcopy(objective)
         for parameter in copied.parameters():
             parameter.grad = None
