@@ -88,6 +88,11 @@ class Operations(HostReads):  # type: ignore[no-untyped-call]  # torch's own __i
         self.operators = self.copies = self.copied_bytes = self.allocations = self.allocated_bytes = 0
         self.reads: Counter[tuple[str, str, str]] = Counter()
 
+    @property
+    def host_reads(self) -> int:
+        """How often the host read, wherever."""
+        return sum(self.reads.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count an operation, and do it."""
         given = dict(_storages((args, kwargs)))
