@@ -111,9 +111,9 @@ class Operations(HostReads):  # type: ignore[no-untyped-call]  # torch's own __i
         places = [place for place in of_frames(sys._getframe(1), AUDIT) if place[0] not in APART]
         line, through = told(places)
         node: Any = torch._C._current_autograd_node()
-        if node is not None and line.startswith((OWN, TORCH)):  # no user's in backward: that of the forward pass has led to it
-            of_forward = told(of_traceback(node.metadata.get("traceback_") or [], AUDIT))
-            line, through = of_forward if of_forward[0] else (line, through)
+        if node is not None and (not line or line.startswith((OWN, TORCH))):  # on a GPU, backward has a thread of its own
+            of_forward = told(of_traceback(node.metadata.get("traceback_") or [], AUDIT))  # what has led to it
+            line, through = of_forward if of_forward[0] else (line or node.name(), through)
             word = f"{word}, in backward"
         self.reads[word, line, through] += 1
 
