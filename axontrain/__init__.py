@@ -6,6 +6,7 @@ Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loo
 from typing import TYPE_CHECKING, Any
 
 from axontrain import averages, data, metrics, schedules
+from axontrain.audit import Audit, audit
 from axontrain.callback import Callback
 from axontrain.callbacks import (
     Checkpoint,
@@ -59,6 +60,7 @@ __version__ = VERSION
 
 __all__ = [
     "ArrayDataset",
+    "Audit",
     "AxonError",
     "AxonWarning",
     "BatchMismatchError",
@@ -108,6 +110,7 @@ __all__ = [
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
+    "audit",
     "averages",
     "data",
     "layerwise",

@@ -7,6 +7,7 @@ import axontrain as ax
 # A name that comes or goes is a change of the interface: it is to be seen here, and in the changelog.
 EXPORTED = [
     "ArrayDataset",
+    "Audit",
     "AxonError",
     "AxonWarning",
     "BatchMismatchError",
@@ -56,6 +57,7 @@ EXPORTED = [
     "UnknownNameError",
     "UnknownOptionError",
     "WorkerError",
+    "audit",
     "averages",
     "data",
     "layerwise",

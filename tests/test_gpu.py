@@ -364,6 +364,29 @@ def test_where_a_nan_comes_from_is_found_on_the_device(precision):
     assert any("aten.sqrt" in note for note in caught.value.__notes__)
 
 
+def test_an_audit_counts_what_waits_for_the_device_and_nothing_else():
+    class Waiting(Digits):
+        def loss(self, logits, labels):
+            loss = super().loss(logits[labels >= 0], labels)  # masked
+            self.scale = torch.tensor([2.0], device=logits.device)  # made
+            self.here = torch.ones(3).sum().item()  # on the CPU
+            return loss * self.scale.sum() + 0 * loss.item()  # read
+
+    batch = ax.data.digits()[0].gather(torch.arange(64))
+    torch.manual_seed(0)
+    found = ax.audit(ax.Loop(Waiting(), ax.Optimizer("adamw", lr=1e-3), progress=False), batch)
+    assert {(read.what, read.line.rpartition("# ")[2], read.per_step) for read in found.reads} == {
+        ("mask index", "masked", 1),
+        ("mask assignment, in backward", "masked", 1),
+        ("copy to the device without non_blocking=True", "made", 1),
+        ("item", "read", 1),
+    }
+    none = ax.audit(made(), batch)
+    assert none.reads == ()
+    assert none.cuda_allocations > 0
+    assert none.cuda_allocated_bytes > 0
+
+
 @pytest.mark.parametrize("size", [16, 8192])
 @pytest.mark.parametrize("how", ["in place", "by data", "assigned"])
 def test_buffers_are_put_back_on_the_device(size, how):

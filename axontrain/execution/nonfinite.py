@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import linecache
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +23,11 @@ from axontrain import randomness
 from axontrain.data.structure import tensors
 from axontrain.errors import kind_of
 from axontrain.execution import modes
+from axontrain.execution.compiled import uncompiled
+from axontrain.execution.lines import OWN, TORCH, written
 from axontrain.execution.precision import Precision
 from axontrain.objective import Accumulated, Objective, Step, total
 
-OWN, TORCH = f"{Path(__file__).parents[1]}{os.sep}", f"{Path(torch.__file__).parent}{os.sep}"
 GIVEN = 2**40  # added to the number of an origin that is a constant: told of only where nothing else is found
 OWNER = "axontrain"  # the key in a node of autograd's graph, beside torch's own for tracebacks
 
@@ -65,7 +63,7 @@ def replay(objective: Objective, batch: Any, precision: Precision) -> Origin | N
 
     The objective, its gradients and the random generators are as before; None if everything was finite.
     """
-    with randomness.kept(), precision.settings():
+    with randomness.kept(), precision.settings(), uncompiled():
         copied: Objective = copy.deepcopy(objective)
         for parameter in copied.parameters():
             parameter.grad = None
@@ -259,7 +257,7 @@ def _line_of(frame: Any) -> str:
     while frame is not None and frame.f_code is not _Watch._losses.__code__:
         path = frame.f_code.co_filename
         if not path.startswith((TORCH, OWN, "<")):
-            return f"{path}:{frame.f_lineno}: {linecache.getline(path, frame.f_lineno).strip()}".rstrip(": ")
+            return written(path, frame.f_lineno)
         frame = frame.f_back
     return ""
 

@@ -379,14 +379,9 @@ def test_reading_changes_no_later_reading(flagged):
 @pytest.mark.parametrize("small", [10**6, 0], ids=["kept", "counted at once"])
 @pytest.mark.parametrize(("kind", "batch"), CASES)
 def test_recording_reads_nothing(kind, batch, small, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("waits for the device")
-
     one, taken = Meter([kind]), list(steps(*batch, torch.rand(ROWS), (5,), torch.tensor(0.0)))
-    with monkeypatch.context() as patch, NoHostReads():
-        patch.setattr(meter, "SMALL_BYTES", small)
-        for method in ("tolist", "numpy", "item", "__bool__", "__int__", "__float__"):
-            patch.setattr(torch.Tensor, method, refuse)
+    monkeypatch.setattr(meter, "SMALL_BYTES", small)
+    with NoHostReads():
         for step in taken:
             one.record(step)
 

@@ -573,22 +573,11 @@ def test_preflight_says_that_weights_are_missing():
 # --- what it costs ---------------------------------------------------------------------------------------------------
 
 
-class NoReads(NoHostReads):
-    """The losses themselves may count classes."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.")
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_reads_nothing(case, monkeypatch):
-    def refuse(*_):
-        raise AssertionError("waits for the device")
-
+def test_a_step_reads_nothing(case):
     _, x, y, _, _ = CASES[case]
     objective = objective_of(case, sample_weights=True, class_weights=WITH_CLASSES.get(case))
-    with monkeypatch.context() as patch, NoHostReads():
-        for method in ("tolist", "numpy", "item", "__bool__", "__int__", "__float__"):
-            patch.setattr(torch.Tensor, method, refuse)
+    with NoHostReads():
         objective.train_step((x, y, torch.rand(ROWS))).loss.backward()
 
 
