@@ -60,7 +60,7 @@ class Guard:
         """Step, unless ``flag`` is above 0."""
         if self.skips:
             self.optimizer.found_inf = flag  # type: ignore[attr-defined]  # what torch's GradScaler sets
-            if _watched(self.optimizer):
+            if has_hooks(self.optimizer) or "step" in vars(self.optimizer):  # by which a scheduler counts them
                 self.optimizer.step()
             else:
                 self.plain()
@@ -363,11 +363,6 @@ def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     if not getattr(step, "hooked", False):
         return optimizer.step
     return functools.partial(step.__wrapped__, optimizer)  # type: ignore[attr-defined]  # functools.wraps sets it
-
-
-def _watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether somebody wants to know of its steps: hooks on it or on all optimizers, or a scheduler that counts them."""
-    return has_hooks(optimizer) or "step" in vars(optimizer)
 
 
 def has_hooks(optimizer: torch.optim.Optimizer) -> bool:

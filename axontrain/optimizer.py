@@ -334,7 +334,7 @@ def build(part: Part, fused: bool) -> tuple[torch.optim.Optimizer, bool]:
     attempts = [options]
     can_fuse = fused and isinstance(factory, type) and "fused" in accepted and not said
     # Fused SGD of torch 2.13 leaves parameters of 16 bits on the CPU as they are, without a word.
-    broken = factory is torch.optim.SGD and any(p.device.type == "cpu" and p.element_size() < 4 for p in tensors)
+    broken = factory is torch.optim.SGD and any(p.device.type == "cpu" and p.dtype.itemsize < 4 for p in tensors)
     if can_fuse and not broken and not options.get("dampening") and not any(p.is_complex() for p in tensors):
         attempts.insert(0, {**options, "fused": True})
     if "capturable" in accepted and not said and any(p.is_cuda for p in tensors):

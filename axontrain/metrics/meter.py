@@ -276,7 +276,8 @@ class _Tally:
         self.listed = any(isinstance(value, list) for value in self.metric._defaults.values())
 
     def record(self, predictions: Any, targets: Any, skipped: Tensor | None, weights: Tensor | None = None) -> None:
-        size = _bytes(predictions) + _bytes(targets)
+        tensors = isinstance(predictions, Tensor) and isinstance(targets, Tensor)
+        size = predictions.nbytes + targets.nbytes if tensors else SMALL_BYTES + 1
         joined = self.built.joinable and size <= SMALL_BYTES
         if not joined and not (self.listed and skipped is not None):
             if self.groups or self.waiting:
@@ -284,7 +285,13 @@ class _Tally:
             self._update(predictions, targets, skipped, weights)
             return
         # Copies: a model may write its outputs into one buffer, a loader its batches.
-        self._wait((_copied(predictions), _copied(targets), skipped, None if weights is None else weights.clone()))
+        if tensors:
+            predictions, targets = predictions.clone(), targets.clone()
+        else:
+            predictions, targets = _copied(predictions), _copied(targets)
+        self.waiting.append((predictions, targets, skipped, None if weights is None else weights.clone()))
+        if len(self.waiting) == FOLD:
+            self._join()
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and self.groups):
@@ -329,18 +336,19 @@ class _Tally:
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
         for p, t, flag, weights in state["waiting"]:
-            self._wait((p, t, flag, weights))
+            self.waiting.append((p, t, flag, weights))
+            if len(self.waiting) == FOLD:
+                self._join()
             self.bytes += _bytes(p) + _bytes(t)
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
 
-    def _wait(self, entry: Waiting) -> None:
-        self.waiting.append(entry)
-        if len(self.waiting) == FOLD:
-            joined = _Joined.of(self.waiting) if self.built.joinable else None
-            self.groups.append(self.waiting if joined is None else joined)
-            self.waiting = []
+    def _join(self) -> None:
+        """Make a group of what waits, of one tensor each where that can be."""
+        joined = _Joined.of(self.waiting) if self.built.joinable else None
+        self.groups.append(self.waiting if joined is None else joined)
+        self.waiting = []
 
     def _consume(self, *, rest: bool) -> None:
         """Give the metric the complete groups, and the ``rest`` too if it says so."""
