@@ -49,8 +49,7 @@ class UpdateInBackward(Update):
             loss: scalar.
         """
         self.end()
-        self._make_room()
-        self._set_scheduled_rates()
+        self.ready()
         self._bad_loss = (~torch.isfinite(loss.detach().reshape(()))).float()
         self._bad = self._bad_loss.clone()
         self._met.clear()

@@ -139,7 +139,8 @@ class Update:
         Returns:
             A scalar float tensor: above 0 if the update was skipped.
         """
-        self._make_room()
+        if len(self._pending) >= MOST_PENDING:
+            self.read()
         if loss.ndim:
             loss = loss.reshape(())
         gradients = self._gradients(loss)
@@ -153,9 +154,11 @@ class Update:
             flag = (~torch.isfinite(norm + loss)).to(torch.float32)
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
             raise self._error(loss, terms)
-        self._clip(gradients, norm)
-        self._set_scheduled_rates()
-        skip = self._or_vetoed(flag)
+        if spec.clip_norm is not None or spec.clip_value is not None:
+            self._clip(gradients, norm)
+        if self._factor is not None:
+            self._set_scheduled_rates(self._factor)
+        skip = flag if self.veto is None else self._or_vetoed(flag)
         if spec.closure:
             if (found := self._evaluated(skip, loss)) is not skip:
                 flag = skip = found
@@ -168,8 +171,10 @@ class Update:
 
     def ready(self) -> None:
         """Get ready for an update that somebody else does, as a graph of the whole step: set its learning rates."""
-        self._make_room()
-        self._set_scheduled_rates()
+        if len(self._pending) >= MOST_PENDING:
+            self.read()
+        if self._factor is not None:
+            self._set_scheduled_rates(self._factor)
 
     def done(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> None:
         """Count an update that somebody else has done; ``flag`` is above 0 if it was left out as not finite.
@@ -195,9 +200,8 @@ class Update:
             raise self._error(loss, terms)
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
-        every = [p.grad for p in self.tensors]
-        gradients = [gradient for gradient in every if gradient is not None]
-        there = ALL if len(gradients) == len(every) else [gradient is not None for gradient in every]
+        gradients = [gradient for p in self.tensors if (gradient := p.grad) is not None]
+        there = ALL if len(gradients) == len(self.tensors) else [p.grad is not None for p in self.tensors]
         if gradients and there != self._looked_at:
             self._looked_at = there
             self._look_at(gradients, loss)
@@ -226,10 +230,6 @@ class Update:
     def _number(self) -> int:
         """Of the step that is being done."""
         return self.clock.step + 1 if self.clock is not None else len(self._pending) + 1
-
-    def _make_room(self) -> None:
-        if len(self._pending) >= MOST_PENDING:
-            self.read()
 
     def _clip(self, gradients: list[Tensor], norm: Tensor | None = None) -> None:
         value, most = self.spec.clip_value, self.spec.clip_norm
@@ -490,10 +490,10 @@ class Update:
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _set_scheduled_rates(self) -> None:
-        if self._factor is None or self.clock is None:
+    def _set_scheduled_rates(self, schedule: Callable[[float], float]) -> None:
+        if self.clock is None:
             return
-        factor = float(self._factor(self.clock.progress))
+        factor = float(schedule(self.clock.progress))
         if not math.isfinite(factor):
             raise self._no_rate(f"gave {factor} for the progress {self.clock.progress:g}")
         factor *= self.scale

@@ -10,6 +10,7 @@ checked, and its code is called, without that: of a small step it is the half.
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from axontrain.update import Update
 # Guards that hold by themselves: on what torch and this package are made of, on constants of the function, and on the structure
 # of its arguments, which is made here.
 OURS = ("G['__import_torch", "G['__import_axontrain", "G['__import_contextlib", "G['__builtins_dict", "__import__('torch')")
+# What a step does not look at: it is in no transform of torch.func, and saves nothing for a backward pass.
+AMBIENT = ("FUNCTORCH_STACK_MATCH", "AUTOGRAD_SAVED_TENSORS_HOOKS")
 CONSTANTS, LISTS = ("layout", "rates"), ("params", "states", "buffers")
 
 
@@ -188,11 +191,20 @@ class WholeStep:
             from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
             (entry,) = _debug_get_cache_entry_list(self.function.__code__)
-            check = entry.guard_manager.check
-            call = types.FunctionType(entry.code, self.function.__globals__, closure=self.function.__closure__)
+            check = entry.guard_manager.root.check
+            names = _bare(self.function.__globals__, entry.code.co_names)
+            call = types.FunctionType(entry.code, names, closure=self.function.__closure__)
         except Exception:  # of another version of torch, where it has to look by itself
             return
         self._check, self._call = check, call
+
+
+def _bare(names: dict[str, Any], used: Sequence[str]) -> dict[str, Any]:
+    """What Dynamo's code calls, without what keeps Dynamo from tracing it, and without marks for profilers."""
+    utils: Any = torch._dynamo.utils
+    marks = {"record_pregraph_bytecode_enter": lambda: None, "record_pregraph_bytecode_exit": lambda _: None}
+    bare = {name: inspect.unwrap(names[name]) for name in used if name.startswith("__compiled_fn") and name in names}
+    return {**names, **bare, "__import_torch_dot__dynamo_dot_utils": types.SimpleNamespace(**{**vars(utils), **marks})}
 
 
 def _function(module: nn.Module, layout: Layout) -> Any:
@@ -257,9 +269,11 @@ def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _matters(entries: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards are checked each step: those on the batch, the module, its parameters, and torch's settings."""
-    return [not entry.name.startswith(OURS) and not _holds(entry.name, entry.guard_type) for entry in entries]
+    return [not _holds(entry.name, entry.guard_type) for entry in entries]
 
 
 def _holds(name: str, guard: str) -> bool:
+    """Whether a guard holds in every step; that of a name of this module's holds, and those of others' begin with __import_."""
     root = name.partition("[")[0].partition(".")[0]
-    return root in CONSTANTS or (root in LISTS and guard != "TENSOR_MATCH")
+    own = name.startswith(OURS) or (root == "G" and not name.startswith("G['__import_"))
+    return own or guard in AMBIENT or root in CONSTANTS or (root in LISTS and guard != "TENSOR_MATCH")
