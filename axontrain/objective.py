@@ -417,12 +417,12 @@ def batch_size(batch: Any) -> int:
     5
     """
     while not isinstance(batch, Tensor):
-        if isinstance(batch, Mapping):
-            batch = next(iter(batch.values()), None)
-        elif isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch, (tuple, list)) and batch:  # first, as most batches are, and to be a Mapping is slow to ask for
             if isinstance(batch[0], (str, bytes, int, float)):
                 return len(batch)
             batch = batch[0]
+        elif isinstance(batch, Mapping):
+            batch = next(iter(batch.values()), None)
         elif isinstance(batch, TaskBatch):
             batch = batch.batch
         elif isinstance(batch, Accumulated):

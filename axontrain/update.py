@@ -34,6 +34,7 @@ from axontrain.shown import NAME, plain
 MOST_PENDING = 1024
 # The scale of losses may have to be halved so often before gradients fit in float16: from 2^16 down to below 1.
 HALVINGS = 20
+FLAGS = 256
 ALL = "all"
 # Options of torch's optimizers that say which kernel computes, and not what.
 KERNEL = ("fused", "foreach", "capturable", "differentiable")
@@ -92,6 +93,7 @@ class Update:
         self.scaled = False  # whether losses are scaled: then gradients overflow now and then, and nothing is wrong
         self._pending: list[Done] = []
         self._ones: dict[torch.device, Tensor] = {}
+        self._zeros: dict[torch.device, list[Tensor]] = {}
         # Of the gradients that are there: whether one kernel can look through them all, and whether any is sparse.
         self._looked_at: list[bool] | str = []
         self._alike = self._sparse = False
@@ -565,7 +567,10 @@ class Update:
         one = self._ones.get(device)
         if one is None:
             one = self._ones[device] = torch.ones((), device=device)
-        flag = torch.zeros((), device=device)
+        zeros = self._zeros.get(device)
+        if not zeros:  # made for many steps at once: one by one they cost more than the look
+            zeros = self._zeros[device] = list(torch.zeros(FLAGS, device=device).unbind())
+        flag = zeros.pop()
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, flag, one)
         return flag
 

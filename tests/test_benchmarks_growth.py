@@ -38,6 +38,7 @@ def cells(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.slow
 def test_tables_and_pictures_come_out(tiny, tmp_path, capsys):
     assert growth.main(["--rounds", "2", "--markdown", "--out", str(tmp_path / "plots")]) == 0
     told = capsys.readouterr().out

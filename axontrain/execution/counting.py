@@ -6,6 +6,7 @@ seeing an operator is a call itself.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from typing import Any
@@ -43,14 +44,19 @@ class Calls:
     def __init__(self) -> None:
         self.python = self.own = self.builtin = self.frames = 0
         self._before: Any = None
+        self._collecting = False
 
     def __enter__(self) -> Calls:
+        self._collecting = gc.isenabled()
+        gc.disable()  # when it comes is chance, and what somebody has it call would be counted
         self._before = sys.getprofile()
         sys.setprofile(self)
         return self
 
     def __exit__(self, *raised: Any) -> None:
         sys.setprofile(self._before)
+        if self._collecting:
+            gc.enable()
 
     def __call__(self, frame: Any, event: str, argument: Any) -> None:
         """Take in an event of Python's profiler."""
