@@ -44,6 +44,7 @@ from axontrain.errors import (
     UnknownOptionError,
     WorkerError,
 )
+from axontrain.execution.report import StepReport
 from axontrain.history import History
 from axontrain.locate import locate_nonfinite
 from axontrain.loop import Loop
@@ -100,6 +101,7 @@ __all__ = [
     "SpikeGuard",
     "SplitError",
     "Step",
+    "StepReport",
     "Stop",
     "StopEpoch",
     "Supervised",

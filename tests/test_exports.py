@@ -47,6 +47,7 @@ EXPORTED = [
     "SpikeGuard",
     "SplitError",
     "Step",
+    "StepReport",
     "Stop",
     "StopEpoch",
     "Supervised",
