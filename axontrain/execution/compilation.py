@@ -40,15 +40,20 @@ class Compilation:
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
+        self.seen = {"eager": "", "divided": ""}  # what of it has come of what a run has seen, and is to be so when it goes on
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides how the next step is done."""
-        return {"main": self.main, "since": self.since, "others": self.others, "eager": self.eager}
+        """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
+        return {"main": self.main, "since": self.since, "others": self.others, **self.seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self.main, self.since = state["main"], state["since"]
-        self.others, self.eager = state["others"], state["eager"]
+        self.main, self.since, self.others = state["main"], state["since"], state["others"]
+        self.seen = {name: state[name] for name in self.seen}
+        if why := self.seen["eager"]:
+            self.eager, self.report.how, self.report.reason = why, "eager", why
+        elif why := self.seen["divided"]:
+            self.divided, self.report.how, self.report.reason = why, "in parts", why
 
     def how(self, batch: Any, step: int) -> str:
         """How a batch is to be done that no graph is of: by a "static" graph, a "dynamic" one, or in "eager"."""
@@ -75,8 +80,13 @@ class Compilation:
             self.report.recompilations += 1
             self.report.changes.append(change or "something in the batch or in the module is another")
 
-    def go_in_parts(self, why: str, line: str = "") -> None:
-        """Compile parts of the step from now on; say so where there is a line that somebody could mend."""
+    def go_in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
+        """Compile parts of the step from now on; say so where there is a line that somebody could mend.
+
+        ``seen`` if it has come of several steps, which a run that goes on from here will not see again.
+        """
+        if seen:
+            self.seen["divided"] = why
         self.divided, self.report.how, self.report.reason = why, "in parts", why
         self.graphs.clear()
         if line:
@@ -84,6 +94,11 @@ class Compilation:
                 f"compile=True: the whole step cannot become one graph: {why}, at {line}. Forward and backward are compiled in "
                 f"parts around that line, and the update is done in eager"
             )
+
+    def differs(self, what: list[str]) -> None:
+        """Do steps in eager from now on, as a compiled one was another than in eager."""
+        self.seen["eager"] = f"compiled, a step differs from eager beyond rounding: {'; '.join(what[:4])}"
+        self.give_up(self.seen["eager"])
 
     def give_up(self, why: str, line: str = "") -> None:
         """Do steps in eager from now on, and say so."""

@@ -72,13 +72,13 @@ class OneGraph:
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
         if made.in_vain():
             told = change or "something in the batch or in the module"
-            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told} has changed")
+            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told} has changed", seen=True)
             return self.run(batch)
         return self._compared(None, batch, dynamic=how == "dynamic", change=change)
 
-    def _in_parts(self, why: str, line: str = "") -> None:
+    def _in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
         self.graph = None
-        self.made.go_in_parts(why, line)
+        self.made.go_in_parts(why, line, seen=seen)
         self.run.train_step = self.made.parts = Parts(self.run.objective, self.run.train_step, self.made)
 
     def _compared(self, graph: WholeStep | None, batch: Any, *, dynamic: bool = False, change: str = "") -> Step:
@@ -106,16 +106,16 @@ class OneGraph:
             if out_of_memory(error):
                 raise
             before.put_back()
-            if dynamic:
+            if dynamic or (graph is not None and graph.dynamic):
                 made.fixed = reason_of(error)[0]
+                made.graphs[:] = [one for one in made.graphs if not one.dynamic]
             else:
                 self._in_parts(*reason_of(error))
             return self.run(batch)
         found = of_step(step, objective, before.named, update)
         told = differences(found, expected, nudged, before.sizes, made.precision)
-        if (
-            told and expected.draws
-        ):  # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does
+        # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
+        if told and expected.draws:
             kept, now = before, _Before(objective)
             now.take_state(update.optimizers)
             kept.put_back()
@@ -123,7 +123,7 @@ class OneGraph:
             now.put_back()
         if told:
             before.put_back()
-            made.give_up(f"compiled, a step differs from eager beyond rounding: {'; '.join(told[:4])}")
+            made.differs(told)
             return self.run(batch)
         graph.left -= 1
         if not graph.left and not graph.dynamic:

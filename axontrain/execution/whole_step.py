@@ -10,7 +10,6 @@ checked, and its code is called, without that: of a small step it is the half.
 
 from __future__ import annotations
 
-import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -203,7 +202,8 @@ def _bare(names: dict[str, Any], used: Sequence[str]) -> dict[str, Any]:
     """What Dynamo's code calls, without what keeps Dynamo from tracing it, and without marks for profilers."""
     utils: Any = torch._dynamo.utils
     marks = {"record_pregraph_bytecode_enter": lambda: None, "record_pregraph_bytecode_exit": lambda _: None}
-    bare = {name: inspect.unwrap(names[name]) for name in used if name.startswith("__compiled_fn") and name in names}
+    wrapped = {name: names[name] for name in used if name.startswith("__compiled_fn") and name in names}
+    bare = {name: getattr(function, "_torchdynamo_orig_callable", function) for name, function in wrapped.items()}
     return {**names, **bare, "__import_torch_dot__dynamo_dot_utils": types.SimpleNamespace(**{**vars(utils), **marks})}
 
 

@@ -559,3 +559,22 @@ def test_warnings_of_torchs_own_are_not_the_users():
         loop = made(Deep, OPTIMIZERS["adamw"])
         loop.fit(table(), epochs=1, batch_size=16)
     assert loop.report().how == "one graph"
+
+
+@pytest.mark.slow
+def test_what_was_seen_of_steps_holds_when_the_run_goes_on(tmp_path):
+    class Counts(Net):
+        calls = 0
+
+        def predict(self, inputs):
+            self.calls += 1
+            return self.net(inputs)
+
+    first = made(Counts, directory=tmp_path)
+    first.fit(table(), steps=7, batch_size=16)
+    assert first.report().how == "in parts"
+    again = made(Counts, directory=tmp_path)
+    again.fit(table(), steps=12, batch_size=16, resume=True)
+    assert again.report().how == "in parts"
+    assert again.report().reason == first.report().reason
+    assert not again._compilation.graphs
