@@ -188,7 +188,7 @@ def audit(
     check_ready(loop.state)
     with randomness.kept():
         batch = to_device(copy.deepcopy(batch), loop.device)
-        batch = batch if loop.precision.dtype is None else loop.precision.batch(batch)
+        batch = loop.precision.batch(batch) if loop.precision.converts else batch
         copied, notes = _copy(loop, callbacks)
         breaks, calls = compiled.breaks(), Calls()
         plain = copied.run(_Batches(batch, steps, calls, loop.device), microbatch)

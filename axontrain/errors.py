@@ -134,7 +134,8 @@ class NonFiniteWarning(AxonWarning):
 def warn(message: str, category: type[AxonWarning] = AxonWarning) -> None:
     """Warn at the line of whoever called axontrain, however many of its frames lie between."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "axontrain":
+    between = ("axontrain", "contextlib")  # in which a fit's beginning and end are called
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in between:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

@@ -55,6 +55,6 @@ def locate_nonfinite(loop: Loop, batch: Any) -> Origin | None:
             f"next(iter(ax.Loader(dataset, 32)))"
         )
     batch = to_device(batch, loop.device)
-    batch = batch if loop.precision.dtype is None else loop.precision.batch(batch)
+    batch = loop.precision.batch(batch) if loop.precision.converts else batch
     with loop.state.training_weights():
         return replay(loop.objective, batch, loop.precision)

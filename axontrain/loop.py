@@ -62,6 +62,8 @@ class Loop:
         strict: raise where a batch's structure or trailing shape differs from the first batch's, and where a list looks like
             one of samples rather than of batches.
         precision: "fp32", "tf32", "bf16", "fp16", "bf16-true", "fp64" or "fp8": see :mod:`axontrain.execution.precision`.
+        channels_last: have images, (B, C, H, W) or (B, C, D, H, W), and the parameters of convolutions lie in memory with their
+            channels last, shapes as they are: what convolutions compute fastest with, on GPUs above all.
         compile: have torch compile the training step: all of it, forward to update, as one graph where that is possible, else
             parts of it, else nothing, with a warning that says why. The first steps are held against eager ones on a copy,
             which takes the memory of a second model for as long. :meth:`report` says what came of it. Evaluation and
@@ -89,6 +91,7 @@ class Loop:
         device: str | torch.device = "auto",
         strict: bool = True,
         precision: str = "fp32",
+        channels_last: bool = False,
         compile: bool = False,
         progress: bool = True,
         directory: str | Path | None = None,
@@ -104,7 +107,7 @@ class Loop:
                 )
                 raise ConfigurationError(f"{name} is {kind_of(given)}, no ax.Objective: {hint}")
         self.device = device_of(device)
-        self.precision = Precision(precision, self.device)
+        self.precision = Precision(precision, self.device, channels_last=channels_last)
         self.objective = self.precision.taken(moved(objective, self.device))
         self.evaluate_with = None if evaluate_with is None else self.precision.taken(moved(evaluate_with, self.device))
         self.metrics = {**resolve(objective.metrics), **resolve(metrics)}
@@ -310,7 +313,7 @@ class Loop:
             clear_gradients(self.objective)
         state.hide_averages()  # where a fit has left them in the module
         batch = to_device(batch, self.device)
-        batch = batch if self.precision.dtype is None else self.precision.batch(batch)
+        batch = self.precision.batch(batch) if self.precision.converts else batch
         noting = noted("in train_on_batch", batch, self.objective)
         with modes.training(self.objective), stream_of(state), self.precision.settings(), noting:
             try:

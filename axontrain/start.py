@@ -84,7 +84,7 @@ class Start:
 
     def stream(self, data: Any, name: str, batch_size: int, **options: Any) -> Stream:
         """Batches of a user's data, on the device."""
-        convert = self.precision.batch if self.precision.dtype is not None else None
+        convert = self.precision.batch if self.precision.converts else None
         device = self.precision.device
         return Stream(data, name, batch_size=batch_size, strict=self.strict, device=device, convert=convert, **options)
 
@@ -194,7 +194,7 @@ class Start:
     ) -> Run:
         state = self.state
         setup = describe(state, stream, validating, every, self.metrics, callbacks, self.precision.device, self.precision.name)
-        setup["compile"] = self.compilation is not None
+        setup["compile"], setup["channels_last"] = self.compilation is not None, self.precision.channels_last
         setup["microbatch"] = "auto" if isinstance(cut, AutoCut) else None if cut is None else cut.size
         if state.directory is not None:
             runs.sweep(state.directory)

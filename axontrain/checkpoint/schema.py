@@ -364,6 +364,28 @@ def _meter(value: Any, place: str) -> None:
         _meter(of_task, f"{place}/tasks/{task}")
 
 
+def _joined(value: Any, place: str) -> None:
+    """Steps that wait, put together: each has rows of predictions, of targets, and of weights if there are any, and a flag."""
+    joined = _only(value, place, "predictions", "targets", "skipped", "weights", "rows")
+    kinds = ("predictions", "targets", "weights")
+    tensors = [_of(joined, name, place) for name in kinds]
+    flags = _of(joined, "skipped", place)
+    if not isinstance(flags, Tensor) or flags.dim() != 1:
+        raise _wrong(flags, f"{place}/skipped", "a tensor (steps,)")
+    every = _list(_of(joined, "rows", place), f"{place}/rows")
+    if len(every) != len(kinds):
+        raise _wrong(every, f"{place}/rows", f"a list of each of {', '.join(kinds)}")
+    for name, tensor, rows in zip(kinds, tensors, every, strict=True):
+        if tensor is None and name == "weights":
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.dim():
+            raise _wrong(tensor, f"{place}/{name}", "a tensor (rows, ...)")
+        for index, number in enumerate(_list(rows, f"{place}/rows")):
+            _count(number, f"{place}/rows/{index}")
+        if len(rows) != len(flags) or sum(rows) != len(tensor):
+            raise _wrong(tensor, f"{place}/{name}", f"of {sum(rows)} rows, in {len(flags)} steps")
+
+
 def _sums(value: Any, place: str) -> None:
     if not isinstance(value, Tensor) or value.shape != (2,) or not value.is_floating_point():
         raise _wrong(value, place, "a tensor of two numbers")
@@ -378,6 +400,9 @@ def _tally(value: Any, place: str) -> None:
                     raise _wrong(item, f"{place}/states/{name}/{index}", "a tensor")
     for index, entry in enumerate(_list(_of(tally, "waiting", place), f"{place}/waiting")):
         at = f"{place}/waiting/{index}"
+        if isinstance(entry, Mapping):
+            _joined(entry, at)
+            continue
         if len(_list(entry, at)) != 4:
             raise _wrong(entry, at, "predictions, targets, a flag and weights")
         if entry[2] is not None:

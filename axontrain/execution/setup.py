@@ -34,6 +34,8 @@ WORDS = {
 }
 
 
+# Of how it computes, what numbers may differ by in their last bits; and what states have that know nothing of it.
+LATER_ADDED = {"microbatch": None, "compile": False, "channels_last": False}
 OF_THE_LOOP = ("average", "clip_norm", "clip_value")  # options of an Optimizer that no state holds
 
 
@@ -127,7 +129,7 @@ def compare(
         changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", {"precision": "fp32", **saved}, now, ("precision",)):
         changes.append(f"{change}; numbers are others from here on")
-    for change in _differences("", {"microbatch": None, "compile": False, **saved}, now, ("microbatch", "compile")):
+    for change in _differences("", {**LATER_ADDED, **saved}, now, tuple(LATER_ADDED)):
         changes.append(f"{change}; numbers may differ in their last bits")
     for change in _differences("the ", saved, now, ("device",)):
         changes.append(f"{change}; numbers differ in their last bits, and what is random differs")

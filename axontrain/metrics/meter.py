@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from axontrain import randomness
+from axontrain.data.structure import mapped
 from axontrain.errors import MetricError, kind_of
 from axontrain.metrics.means import Entry, Sums, means, merge, summed
 from axontrain.metrics.registry import Built, build, resolve
@@ -145,11 +146,13 @@ class Meter:
         self._fill()
         return self._tallies
 
-    def _build_as_before(self) -> None:
-        # What was restored may get no batch before the next reading, which then has to speak of what was saved all the same.
+    def _build_as_before(self, predictions: Any = None) -> None:
+        # What was restored was made by the run's first batch: that which comes next may have another layout. And none may come
+        # before the next reading, which then has to speak of what was saved all the same.
         if self._tallies is None and self._example is not None and self._saved:
             device = next((loss.device for loss, *_ in self._losses), torch.device("cpu"))
             device = next((sums.device for sums in self._sums.values()), device)
+            device = predictions.device if isinstance(predictions, Tensor) else device
             self._check_example(self._example)
             self._tallies = self._build(*_empty(self._example, device))
 
@@ -191,6 +194,8 @@ class Meter:
 
     def _measured(self, step: Step, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any] | None]:
         predictions, targets = _detached(step.predictions), _detached(step.targets)
+        if self._tallies is None:
+            self._build_as_before(predictions)
         if self._tallies is None:
             self._tallies = self._build(predictions, targets)
             self._example = _example(predictions, targets)
@@ -256,6 +261,11 @@ class _Joined:
         kept = [step for step, flag in zip(self.steps(), read, strict=True) if not flag]
         return _together(kept) if kept else None
 
+    def state_dict(self) -> dict[str, Any]:
+        """What makes the same again."""
+        of_all = {"predictions": self.predictions, "targets": self.targets, "skipped": self.skipped, "weights": self.weights}
+        return of_all | {"rows": [list(rows) for rows in self.rows]}
+
     def steps(self) -> list[Waiting]:
         """The steps, as they were recorded."""
         predictions, targets = torch.split(self.predictions, self.rows[0]), torch.split(self.targets, self.rows[1])
@@ -273,6 +283,7 @@ class _Tally:
         self.waiting: list[Waiting] = []
         self.bytes = 0
         self.updates = 0
+        self.skips: Tensor | None = None  # of them, those that were undone: counted on the device
         self.listed = any(isinstance(value, list) for value in self.metric._defaults.values())
 
     def record(self, predictions: Any, targets: Any, skipped: Tensor | None, weights: Tensor | None = None) -> None:
@@ -299,7 +310,7 @@ class _Tally:
 
     def read(self, last: bool) -> dict[str, Any]:
         self._consume(rest=last)
-        metric, updates = self.metric, self.updates
+        metric, updates = self.metric, self._kept()
         if self.waiting:
             metric = metric.clone()
             updates += self._give(metric, self.waiting)
@@ -317,15 +328,25 @@ class _Tally:
 
     def reset(self) -> None:
         self.metric.reset()
-        self.groups, self.waiting, self.bytes, self.updates = [], [], 0, 0
+        self.groups, self.waiting, self.bytes, self.updates, self.skips = [], [], 0, 0, None
+
+    def _kept(self) -> int:
+        """How many updates were of steps that were not skipped."""
+        if self.skips is not None:
+            self.updates, self.skips = self.updates - int(self.skips), None
+        return self.updates
 
     def state_dict(self) -> dict[str, Any]:
         states = {key: getattr(self.metric, key) for key in self.metric._defaults}
-        every = [entry for group in self.groups for entry in (group.steps() if isinstance(group, _Joined) else group)]
+        waiting: list[Any] = []
+        # Joined, since a file of many small tensors takes long to write.
+        last = _Joined.of(self.waiting) if self.waiting and self.built.joinable else None
+        for group in (*self.groups, last or self.waiting):
+            waiting += [group.state_dict()] if isinstance(group, _Joined) else map(list, group)
         return {
             "states": {k: list(v) if isinstance(v, list) else v.clone() for k, v in states.items()},
-            "waiting": [list(entry) for entry in (*every, *self.waiting)],
-            "updates": self.updates,
+            "waiting": waiting,
+            "updates": self._kept(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -335,11 +356,12 @@ class _Tally:
                 raise MetricError(f"the metric {self.name!r} has no state {key!r}: the saved one was another metric")
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        for p, t, flag, weights in state["waiting"]:
-            self.waiting.append((p, t, flag, weights))
-            if len(self.waiting) == FOLD:
-                self._join()
-            self.bytes += _bytes(p) + _bytes(t)
+        for saved in state["waiting"]:
+            for entry in _Joined(**saved).steps() if isinstance(saved, Mapping) else [tuple(saved)]:
+                self.waiting.append(entry)
+                if len(self.waiting) == FOLD:
+                    self._join()
+                self.bytes += _bytes(entry[0]) + _bytes(entry[1])
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
@@ -388,6 +410,8 @@ class _Tally:
             kept = {key: getattr(self.metric, key).clone() for key in self.metric._defaults}
         self._checked(self.metric, predictions, targets, weights)
         self.updates += 1
+        if skipped is not None:
+            self.skips = (skipped > 0).long() if self.skips is None else self.skips + (skipped > 0)
         for key, before in kept.items():
             after = getattr(self.metric, key)
             setattr(self.metric, key, torch.where(skipped.to(after.device) > 0, before, after))  # type: ignore[union-attr]
@@ -461,7 +485,7 @@ def _of_samples(weights: Any, targets: Any) -> Tensor:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return mapped(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def _bytes(value: Any) -> int:

@@ -442,3 +442,49 @@ def test_a_run_that_goes_on_in_another_precision_has_its_state_in_that(tmp_path,
         again.fit(table(), epochs=2, batch_size=16, resume=True)
     assert again.state.step == 8
     assert all(torch.isfinite(p).all() for p in again.objective.parameters())
+
+
+class Images(ax.Objective):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2)
+        )
+        self.seen = []
+
+    def predict(self, images):
+        self.seen.append(images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous())
+        return self.net(images)
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def test_channels_last_is_the_same_training(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    data = ax.ArrayDataset(torch.randn(48, 3, 8, 8, generator=generator), torch.randint(2, (48,), generator=generator))
+    loops = []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        loop = ax.Loop(
+            Images(),
+            ax.Optimizer("adamw", lr=1e-3),
+            channels_last=channels_last,
+            progress=False,
+            directory=tmp_path / str(channels_last),
+        )
+        loop.fit(data, data, epochs=2, batch_size=16)
+        loop.train_on_batch((data[:16][0], data[:16][1]))
+        loop.evaluate(data)
+        loop.predict(data)
+        assert set(loop.objective.seen) == {channels_last}
+        assert loop.objective.net[0].weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        loops.append(loop)
+    for a, b in zip(*(loop.objective.state_dict().values() for loop in loops), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # Adam makes much of a rounding error
+    again = ax.Loop(Images(), ax.Optimizer("adamw", lr=1e-3), channels_last=True, progress=False, directory=tmp_path / "False")
+    with pytest.warns(ax.AxonWarning, match="channels_last: it was False, and is True"):
+        again.fit(data, data, epochs=3, batch_size=16, resume=True)
+    assert again.objective.net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ax.ConfigurationError, match="channels_last='yes': True or False"):
+        ax.Loop(Images(), channels_last="yes")

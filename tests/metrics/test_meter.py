@@ -132,7 +132,7 @@ def test_what_waits_for_a_reading_is_a_few_tensors(weighted):
         one.record(step)
     del step
     assert tensors() - before < meter.FOLD
-    assert len(one.state_dict()["metrics"]["f1"]["waiting"]) == 22 * meter.FOLD
+    assert len(one.state_dict()["metrics"]["f1"]["waiting"]) == 22  # of few tensors in a file, too
 
 
 @pytest.mark.parametrize("left_out", [range(0, 600, 7), range(256), range(600)], ids=["some", "a fold", "all"])
@@ -404,3 +404,70 @@ def test_a_metric_that_is_new_is_made_without_a_batch():
     other = Meter(["accuracy", "confusion_matrix"])
     other.load_state_dict(one.state_dict())
     assert other.read() == one.read()
+
+
+def test_what_waits_is_saved_joined_and_goes_on_the_same():
+    torch.manual_seed(0)
+    steps = [
+        Step(torch.tensor(1.0), torch.randn(n, 3), torch.randint(3, (n,)), n, skipped=torch.tensor(float(index % 7 == 3)))
+        for index, n in enumerate([4, 4, 2] * 200)
+    ]
+    whole = meter.Meter(["accuracy", "f1"])
+    for step in steps:
+        whole.record(step)
+    for cut in (1, 255, 256, 257, 513, 599):
+        first, second = meter.Meter(["accuracy", "f1"]), meter.Meter(["accuracy", "f1"])
+        for step in steps[:cut]:
+            first.record(step)
+        second.load_state_dict(first.state_dict())
+        for step in steps[cut:]:
+            second.record(step)
+        assert second.read() == whole.read()
+
+
+def test_a_metric_that_is_restored_is_made_as_it_was_and_not_by_the_next_batch():
+    # Of (B, 3, 3) one cannot see which of the two dimensions are the classes; of the first batch, (B, 5, 3), one could.
+    def tagged(tokens):
+        generator = torch.Generator().manual_seed(tokens)
+        logits, labels = torch.randn(4, tokens, 3, generator=generator), torch.randint(3, (4, tokens), generator=generator)
+        return Step(torch.tensor(0.0), logits, labels, 4 * tokens)
+
+    whole, first, second = (meter.Meter(["accuracy"]) for _ in range(3))
+    for step in (tagged(5), tagged(3)):
+        whole.record(step)
+    first.record(tagged(5))
+    second.load_state_dict(first.state_dict())
+    second.record(tagged(3))
+    assert second.read() == whole.read()
+
+
+def test_what_waits_is_a_copy_whatever_its_structure():
+    buffer = {"mean": torch.zeros(2)}
+    one = meter.Meter({"kept": Kept()})
+    for value in (1.0, 2.0):
+        buffer["mean"].fill_(value)
+        one.record(Step(torch.tensor(0.0), buffer, torch.ones(2), skipped=torch.tensor(0.0)))
+    assert one.read()["kept"] == 6.0
+
+
+def test_where_all_steps_were_skipped_nothing_is_said():
+    one = meter.Meter(["accuracy"])
+    large = torch.randn(40_000, 3), torch.randint(3, (40_000,))
+    one.record(Step(torch.tensor(float("nan")), *large, skipped=torch.tensor(1.0)))
+    assert "accuracy" not in one.read()
+    one.record(Step(torch.tensor(1.0), *large, skipped=torch.tensor(0.0)))
+    assert one.read()["accuracy"] == pytest.approx((large[0].argmax(1) == large[1]).float().mean().item())
+
+
+class Kept(torchmetrics.Metric):
+    """Keeps what it gets, in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("values", [], dist_reduce_fx="cat")
+
+    def update(self, predictions, targets):
+        self.values.append(predictions["mean"] * targets)
+
+    def compute(self):
+        return torch.cat(self.values).sum()
