@@ -17,20 +17,21 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from axontrain import randomness
-from axontrain.callback import Callback
+from axontrain.callback import Callback, stateful
 from axontrain.data.loader import Loader
 from axontrain.data.protocol import is_dataset
 from axontrain.data.stream import Stream
 from axontrain.data.structure import is_record, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, kind_of, whole
 from axontrain.execution import compiled
+from axontrain.execution.copying import copied
 from axontrain.execution.counting import Calls, Operations
 from axontrain.execution.run import Run
 from axontrain.loop import Loop
 from axontrain.objective import TaskBatch
 from axontrain.start import check_ready
 
-WARM_UP = 3  # steps in which optimizers and metrics make their states, and what is compiled is
+WARM_UP = 5  # steps in which optimizers and metrics make their states, and what is compiled is
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def audit(
 
     A copy of the objective is trained on the batch as ``fit`` does it, from the batch to the asking for the next one, after a
     few steps of warm-up: once counting calls, once counting the rest. Nothing of the loop is changed, and the random generators
-    are as before; it takes the memory of another objective with its optimizers, and the time of ``2 * (steps + 4)`` steps. Not
+    are as before; it takes the memory of another objective with its optimizers, and the time of ``2 * (steps + 6)`` steps. Not
     in it are loading and moving the batch, readings, validation and saving, and what happens seldom within a step, as the
     folding of losses every 256.
 
@@ -150,8 +151,9 @@ def audit(
         batch: as ``train_step`` gets it, on any device.
         steps: how many are counted.
         microbatch: as ``fit`` takes it.
-        callbacks: whose hooks count too. They are called as in a ``fit`` and are not copied: what they write is written. The
-            loop's own are left out unless they are given here, ``callbacks=loop.callbacks``.
+        callbacks: whose hooks count too. They are called as in a ``fit`` and are not copied: what they write is written, what
+            they save of themselves is put back. The loop's own are left out unless they are given here; those that save, write
+            or wait for a validation have nothing to do in it.
 
     Returns:
         The :class:`Audit`; print it.
@@ -189,13 +191,13 @@ def audit(
     with randomness.kept():
         batch = to_device(copy.deepcopy(batch), loop.device)
         batch = loop.precision.batch(batch) if loop.precision.converts else batch
-        copied, notes = _copy(loop, callbacks)
-        breaks, calls = compiled.breaks(), Calls()
-        plain = copied.run(_Batches(batch, steps, calls, loop.device), microbatch)
-        breaks = compiled.breaks() - breaks
-        operations = Operations(loop.device)
-        with compiled.uncompiled(), _traced():
-            copied.run(_Batches(batch, steps, operations, loop.device), microbatch)
+        like, notes = _copy(loop, callbacks)
+        breaks, calls, operations = compiled.breaks(), Calls(), Operations(loop.device)
+        with _kept(callbacks):
+            plain = like.run(_Batches(batch, steps, calls, loop.device), microbatch)
+            breaks = compiled.breaks() - breaks
+            with compiled.uncompiled(), _traced():
+                like.run(_Batches(batch, steps, operations, loop.device), microbatch)
 
     def mean(count: int) -> float:
         return count // steps if count % steps == 0 else count / steps
@@ -306,7 +308,7 @@ def _check_batch(batch: Any) -> None:
 def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, ...]]:
     with loop.state.training_weights():  # a fit that is over has left averages of them in the module, where there are any
         try:
-            objective = copy.deepcopy(loop.objective)
+            objective = copied(loop.objective)
         except Exception as error:
             raise ConfigurationError(
                 f"audit(loop, ...) trains a copy of the objective, and {type(loop.objective).__name__} cannot be copied: "
@@ -321,7 +323,7 @@ def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, 
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AxonWarning)  # they were given when the loop was made
-        copied = _Copy(
+        like = _Copy(
             objective,
             loop.optimizers,
             metrics=loop.metrics,
@@ -330,9 +332,27 @@ def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, 
             device=loop.device,
             strict=False,
             precision=loop.precision.name,
+            channels_last=loop.precision.channels_last,
+            compile=loop.compiles,
             progress=False,
         )
-    return copied, tuple(notes)
+    return like, tuple(notes)
+
+
+@contextlib.contextmanager
+def _kept(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """What callbacks remember is as it was after the block; an error of one says whose it is."""
+    parts = stateful(callbacks).values()
+    before = [copy.deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except ConfigurationError as error:
+        if callbacks:
+            error.add_note("audit(..., callbacks=...): leave those out that save, write, or wait for a validation")
+        raise
+    finally:
+        for part, state in zip(parts, before, strict=True):
+            part.load_state_dict(state)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,9 @@ class History:
         """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
         if self.precision != "fp32":
             readings = {PRECISION: self.precision, **readings}
-        if partial:
+        if partial and self.partial is not None and self.rows and self.rows[-1]["step"] == step:  # by another, just before
+            self.partial["names"] = sorted({*self.partial["names"], *readings})
+        elif partial:
             row = dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None
             self.partial = {"row": row, "names": sorted(readings)}
         if self.rows and self.rows[-1]["step"] == step:

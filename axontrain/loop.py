@@ -416,6 +416,11 @@ class Loop:
                     f"the average, give the Optimizer the same average=, or restore(..., only='objective')"
                 )
 
+    @property
+    def compiles(self) -> bool:
+        """Whether steps are to be compiled."""
+        return self._compilation is not None
+
     def report(self) -> StepReport:
         """How steps are computed: in eager, as one compiled graph, or in compiled parts, and why; what was compiled, and when.
 

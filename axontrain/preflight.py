@@ -18,7 +18,7 @@ from axontrain import randomness
 from axontrain.checkpoint.encode import decode, encode
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteWarning, OptimizerError, kind_of
-from axontrain.execution import modes
+from axontrain.execution import copying, modes
 from axontrain.execution.microbatches import Cut
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import clear_gradients
@@ -355,7 +355,7 @@ def _fresh(batch: Any) -> Any:
 
 
 def _copied(objective: Objective) -> Objective:
-    copied = copy.deepcopy(objective)
+    copied = copying.copied(objective)
     clear_gradients(copied)
     return copied
 

@@ -689,3 +689,43 @@ def test_it_is_shown_as_text_and_in_a_notebook():
     assert repr(found) == f"<Audit {text}>"
     assert "&lt;b&gt;" in found._repr_html_()
     assert "<b>" not in found._repr_html_()
+
+
+def test_an_audit_of_what_is_compiled_counts_what_is_compiled():
+    eager, one_graph = (
+        ax.Loop(Net(), ax.Optimizer("sgd", lr=0.1), device="cpu", progress=False, compile=c) for c in (False, True)
+    )
+    a, b = ax.audit(eager, BATCH), ax.audit(one_graph, BATCH)
+    assert b.calls < 0.7 * a.calls
+    assert b.frames == 0  # no backward of torch's
+    assert b.operators == a.operators  # as it is written
+    assert b.recompilations == 0
+    assert one_graph.report().graphs == 0  # nothing of the loop is changed
+
+
+def test_what_callbacks_remember_is_as_it_was():
+    stopping, guard = ax.EarlyStopping("train/loss", patience=3), ax.SpikeGuard()
+    loop = loop_of(Net())
+    loop.callbacks[:] = [stopping, guard]
+    loop.fit([BATCH] * 3, epochs=2)
+    before = [copy.deepcopy(one.state_dict()) for one in (stopping, guard)]
+    ax.audit(loop, BATCH, callbacks=loop.callbacks)
+    assert all(same(old, one.state_dict()) for old, one in zip(before, (stopping, guard), strict=True))
+
+
+def test_a_callback_that_has_nothing_to_do_in_an_audit_is_named(tmp_path):
+    loop = loop_of(Net())
+    with pytest.raises(ax.ConfigurationError) as told:
+        ax.audit(loop, BATCH, callbacks=[ax.Checkpoint()])
+    assert "leave those out that save" in told.value.__notes__[-1]
+
+
+def test_an_objective_that_keeps_results_with_their_graph_is_audited():
+    class Keeps(Net):
+        def predict(self, x):
+            self.last = super().predict(x)
+            return self.last
+
+    loop = loop_of(Keeps())
+    loop.fit([BATCH] * 2, epochs=1)
+    assert ax.audit(loop, BATCH).operators > 0

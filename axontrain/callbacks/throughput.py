@@ -160,8 +160,8 @@ class Throughput(Reader):
             return self.look(state)
         return None
 
-    def look(self, state: LoopState) -> Answer:
-        """Record, of the steps since the last time."""
+    def look(self, state: LoopState, *, partial: bool = False) -> Answer:
+        """Record, of the steps since the last time; what is ``partial`` is taken back when the fit is resumed."""
         times = self._watch.read()
         seconds = sum(times.values())
         if self._steps and seconds > 0:
@@ -174,14 +174,16 @@ class Throughput(Reader):
                 readings["mfu"] = self._flops / seconds / self._peak
             if (peak := memory.peak(self._watch.device)) is not None:
                 readings["peak_memory"] = max(peak, self._most)
-            state.record({f"throughput/{name}": value for name, value in readings.items()})
+            named = {f"throughput/{name}": value for name, value in readings.items()}
+            state.values.update(named)
+            state.history.add(state.step, state.epoch, named, partial=partial)
         self._begin(state)
         return None
 
     def after_fit(self, state: LoopState) -> Answer:
         """Read what is left of an epoch that a limit or a stop has ended."""
         if self.every is None and state.error is None:
-            self.look(state)
+            self.look(state, partial=bool(state.batch_index))
         return None
 
     def _begin(self, state: LoopState) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from axontrain import randomness
+from axontrain.execution import copying
 from axontrain.execution.microbatches import Cut, out_of_memory
 from axontrain.execution.precision import AUTOCAST
 from axontrain.objective import Objective, batch_size, total
@@ -49,7 +50,7 @@ def _counted(state: LoopState, batch: Any) -> int:
     # What there is to warn of, the step itself warns of.
     with randomness.kept(), _uncompiled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        copied, batch = copy.deepcopy(objective), copy.deepcopy(batch)
+        copied, batch = copying.copied(objective), copy.deepcopy(batch)
         for parameter in copied.parameters():
             parameter.grad = None
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from axontrain import randomness
 from axontrain.data.structure import tensors
+from axontrain.execution.copying import copied
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.precision import Precision
 from axontrain.execution.steps import check
@@ -128,16 +129,6 @@ def _differ(before: randomness.Snapshot, after: randomness.Snapshot) -> bool:
         not torch.equal(a, b)
         for a, b in zip((before.torch, *(before.cuda or ())), (after.torch, *(after.cuda or ())), strict=True)
     )
-
-
-def copied(objective: Objective) -> Objective:
-    """A copy, of which results that a module keeps, as its last activations, are no part: they are detached."""
-    kept: dict[int, Tensor] = {}
-    for module in objective.modules():
-        for name, value in vars(module).items():
-            if not name.startswith("_"):
-                kept |= {id(one): one.detach().clone() for one in tensors(value) if one.grad_fn is not None}
-    return copy.deepcopy(objective, kept)
 
 
 def of_step(step: Step, objective: Objective, before: Mapping[str, Tensor], update: Update | None = None) -> Outcome:
