@@ -347,7 +347,7 @@ def _kept(callbacks: Sequence[Callback]) -> Iterator[None]:
     try:
         yield
     except ConfigurationError as error:
-        if callbacks:
+        if callbacks and not str(error).startswith("audit("):
             error.add_note("audit(..., callbacks=...): leave those out that save, write, or wait for a validation")
         raise
     finally:
