@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import traceback
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+
+
+@contextlib.contextmanager
+def trying() -> Iterator[None]:
+    """Have torch compile something, which may fail: what it warns of and logs is no news to the user, who is told why.
+
+    Tracing that fails within torch.func leaves hooks on saved tensors forbidden, to the whole process.
+    """
+    autograd: Any = torch._C._autograd
+    allowed, silent = autograd._saved_tensors_hooks_is_enabled(), logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(silent)
+            if allowed and not autograd._saved_tensors_hooks_is_enabled():
+                autograd._saved_tensors_hooks_enable()
 
 
 class UntraceableError(Exception):

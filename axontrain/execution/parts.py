@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from axontrain.data.structure import mapped
+from axontrain.errors import kind_of
 from axontrain.execution.beginning import Beginning, Changing, Numbers
-from axontrain.execution.breaks import reason_of
+from axontrain.execution.breaks import reason_of, trying
 from axontrain.execution.inductor import Backend
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
@@ -19,6 +20,9 @@ from axontrain.objective import Objective, Step
 
 if TYPE_CHECKING:
     from axontrain.execution.compilation import Compilation
+
+
+MOST_SHAPES = 16  # with more of them, one graph serves all
 
 
 class Parts:
@@ -33,6 +37,8 @@ class Parts:
     def __init__(self, objective: Objective, plain: Callable[[Any], Any], made: Compilation) -> None:
         self.objective, self.plain, self.made = objective, plain, made
         self.backend, self.left, self.counted = Backend(direct=False), COMPARED, 0
+        self.shapes: set[str] = set()  # of batches of which a step was held against eager
+        self.trusted = False  # whether the first steps are through
 
         def train_step(batch: Any) -> Any:
             return plain(batch)
@@ -46,6 +52,9 @@ class Parts:
             return self.plain(batch)  # type: ignore[no-any-return]  # what it is, the runner looks at
         if self.left:
             return self._compared(batch)
+        if len(self.shapes) < MOST_SHAPES and str(mapped(batch, kind_of)) not in self.shapes:
+            self.left = 1  # it is of another graph, or makes the one that there is one of variable sizes
+            return self._compared(batch)
         step: Step = self.compiled(batch)
         self._count()
         return step
@@ -55,9 +64,10 @@ class Parts:
         if new := self.backend.graphs - self.counted:
             self.counted += new
             report.graphs += new
-            if not self.left:
+            if self.trusted:
                 report.recompilations += new
                 report.changes.append("something in the batch or in the module is another")
+        self.trusted = self.trusted or not self.left
 
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
@@ -71,8 +81,7 @@ class Parts:
             return plain
         before = {name: buffer.clone() for name, buffer in objective.named_buffers()}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's own, of what it imports and of how it traces
+            with trying():
                 tried = self.compiled(batch)
             check(tried, objective)
             names, live = zip(*((name, p) for name, p in objective.named_parameters() if p.requires_grad), strict=True)
@@ -92,6 +101,7 @@ class Parts:
             made.differs(told)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left -= 1
+        self.shapes.add(str(mapped(batch, kind_of)))
         made.report.compared += 1
         step: Step = self.compiled(batch)
         self._count()

@@ -31,7 +31,7 @@ COMPARED = 3  # so many steps of what is compiled are held against eager before 
 # A rounding error or two of what is computed in, and by how much two right answers may differ beside what a nudge changes.
 NUDGE = {"fp64": 2.0**-50, "fp32": 2.0**-22, "tf32": 2.0**-10, "fp16": 2.0**-9, "fp8": 2.0**-4}
 RELATIVE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 2e-2, "fp16": 3e-2, "fp8": 2e-1}
-ROUGH = ("bf16", "bf16-true")  # the others
+FAINT = 64.0  # times a rounding error of all gradients together: one that is smaller is nothing but rounding
 SURE = 0.1  # of a gradient that is known so well, relatively, an update by its sign is, too
 TIMES = 16.0  # what a nudge changes, at most so many times
 
@@ -152,7 +152,8 @@ def differences(
         sizes: norms of what was changed, by the names of the outcome: a change is not known better than that is rounded.
         precision: what it was computed in.
     """
-    relative = RELATIVE.get(precision.name, 5e-2)
+    relative, nudge = RELATIVE.get(precision.name, 5e-2), NUDGE.get(precision.name, 2.0**-8)
+    floors = _floors(expected, FAINT * nudge)
     told = []
     told += [
         f"{name}, which eager has not" for name in found.found if name.startswith("the grad") and name not in expected.found
@@ -167,14 +168,25 @@ def differences(
         average = name.replace("the update of", "the state exp_avg of")
         if average != name and average in expected.found and average in found.found:
             mine, its = _plain(found.found[average]), _plain(expected.found[average])
-            sure = (mine - its).abs() <= SURE * its.abs()
+            sure = ((mine - its).abs() <= SURE * its.abs()) & (its.abs() > floors["the state exp_avg"])
             a, b, c = a[sure], b[sure], c[sure]
         gap, size = _norm(a - b), _norm(b)
         eps = torch.finfo(right.dtype).eps if right.dtype.is_floating_point else 0.0
-        allowed = TIMES * _norm(c - b) + relative * size + 8 * eps * sizes.get(name, 0.0) + 1e-30
+        floor = floors.get(name.partition(" of ")[0], 0.0)
+        allowed = TIMES * _norm(c - b) + relative * size + 8 * eps * sizes.get(name, 0.0) + floor + 1e-30
         if not gap <= allowed:
             told.append(f"{name} by {gap:.3g}, where it is {size:.3g} in eager")
     return told
+
+
+def _floors(expected: Outcome, faint: float) -> dict[str, float]:
+    """Below which norm a gradient, or what is made of it, is nothing but rounding, beside those of all parameters together."""
+    squares: dict[str, float] = {}
+    for name, value in expected.found.items():
+        kind, of, _ = name.partition(" of ")
+        if of:
+            squares[kind] = squares.get(kind, 0.0) + _norm(_plain(value)) ** 2
+    return {kind: (faint**2 if "_sq" in kind else faint) * total**0.5 for kind, total in squares.items()}
 
 
 def _states(update: Update) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ checked, and its code is called, without that: of a small step it is the half.
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from axontrain.execution.algorithms import Form, begin, form
-from axontrain.execution.breaks import UntraceableError
+from axontrain.execution.breaks import UntraceableError, trying
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.inductor import Backend, ClosedError
 from axontrain.execution.precision import Precision
@@ -119,8 +118,7 @@ class WholeStep:
         Raises:
             Exception: whatever torch raises that cannot compile it.
         """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, of what it imports and of how it traces
+        with trying():
             step = self.attempt(batch)
         assert step is not None  # there is nothing yet that it could not fit
         self.backend.closed = True

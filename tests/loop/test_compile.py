@@ -144,7 +144,7 @@ def test_what_breaks_the_graph_is_told_by_its_line_and_compiled_in_parts():
     assert "ata-dependent" in text
     alike(eager, compiled)
     assert compiled.report().how == "in parts"
-    assert compiled.report().compared == 3
+    assert compiled.report().compared >= 3
 
 
 def test_an_update_that_is_not_finite_is_left_out_of_a_graph_too():
@@ -352,7 +352,7 @@ def test_what_one_graph_cannot_do_is_compiled_in_parts(name):
     alike(eager, compiled, atol=1e-3)
     assert compiled.report().how == "in parts"
     assert why in compiled.report().reason
-    assert compiled.report().compared == 3
+    assert compiled.report().compared >= 3
 
 
 @pytest.mark.slow
@@ -449,7 +449,7 @@ def test_targets_that_are_views_of_the_batch_and_a_transformer_with_dropout():
     optimizer = ax.Optimizer("adamw", lr=1e-3, groups={nn.Embedding: {"lr": 1e-2}}, no_decay=True, clip_norm=1.0)
     eager, compiled = both(Characters, optimizer, tokens)
     assert compiled.report().how == "one graph"
-    assert compiled.report().compared == 3
+    assert compiled.report().compared >= 3
     a, b = (loop.state.values["train/loss"] for loop in (eager, compiled))
     assert abs(a - b) < 0.02  # torch.func draws dropout in another order
 
@@ -578,3 +578,65 @@ def test_what_was_seen_of_steps_holds_when_the_run_goes_on(tmp_path):
     assert again.report().how == "in parts"
     assert again.report().reason == first.report().reason
     assert not again._compilation.graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_gradients_that_are_rounding_alone_send_nobody_to_eager(optimizer):
+    class Biased(ax.Objective):  # a bias before a BatchNorm has a gradient of zero, and of rounding
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+            )  # fmt: skip
+
+        def predict(self, images):
+            return self.net(images)
+
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits, labels)
+
+    generator = torch.Generator().manual_seed(0)
+    images = ax.ArrayDataset(torch.randn(64, 3, 8, 8, generator=generator), torch.randint(3, (64,), generator=generator))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        loop = ax.Loop(Biased(), ax.Optimizer(optimizer, lr=1e-3), compile=True, progress=False)
+        loop.fit(images, steps=3, batch_size=8)
+        assert (loop.report().how, loop.report().compared) == ("one graph", 3)
+
+
+@pytest.mark.slow
+def test_activation_checkpointing_is_compiled_in_parts_and_forbids_nobody_anything():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Net):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+        def predict(self, inputs):
+            return self.net(checkpoint(self.first, inputs, use_reentrant=False))
+
+    eager, compiled = both(Checkpointed)
+    alike(eager, compiled)
+    assert compiled.report().how == "in parts"
+    made(Checkpointed, compile=False).fit(table(), epochs=1)  # tracing that fails forbids hooks on saved tensors
+
+
+@pytest.mark.slow
+def test_in_parts_a_batch_of_another_size_is_held_against_eager_too():
+    class Small(Net):  # is miscompiled where a batch is small
+        def predict(self, inputs):
+            if len(inputs) < 16:
+                logits = torch.add(self.net.bias, inputs @ self.net.weight.T, alpha=0.1)
+            else:
+                logits = self.net(inputs)
+            if logits.sum() > 1e9:  # a host read
+                logits = 2 * logits
+            return logits
+
+    with pytest.warns(ax.AxonWarning) as told:
+        eager, compiled = both(Small, data=table(150), fit={"epochs": 1})
+    assert "differs from eager" in str(told[-1].message)
+    alike(eager, compiled)
