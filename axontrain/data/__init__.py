@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from axontrain.data import augment
 from axontrain.data.arrays import ArrayDataset
 from axontrain.data.collate import Pad, collate
 from axontrain.data.digits import digits
@@ -30,6 +31,7 @@ __all__ = [
     "Subset",
     "TableDataset",
     "WeightedSampler",
+    "augment",
     "collate",
     "digits",
     "order",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
+import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from axontrain.data.arrays import ArrayDataset, placed
+from axontrain.data.augmented import Augment, Numbered
 from axontrain.data.collate import Pad
 from axontrain.data.iterables import Source
 from axontrain.data.making import Maker, Task
@@ -65,6 +69,13 @@ class Loader:
         collate: makes a batch of a list of samples; :func:`~axontrain.data.collate` unless given. On ranks, transform and
             collate get the whole batch, of which the rank's share is cut: what they do may depend on all of it. Those with
             an attribute ``by_sample`` that is true get the share alone.
+        augment: what is done to the images of a batch, on the device where it is used (in a Loop on a GPU there, wherever the
+            data come from): ``augment=[Crop(4), Flip(), Cutout(8)]`` of :mod:`axontrain.data.augment`, or any functions
+            ``(images, draw) -> images`` that take what is random from the :class:`~axontrain.data.augment.Draw`. What becomes
+            of a sample is then a function of (seed, epoch, index): a sample that an epoch has twice is augmented alike. An
+            iterable's samples have no index but their place in the pass. It is done to a batch that is a tensor, or to the
+            first part of one that is a tuple; a mapping names other parts by key or place, and parts that are given the same
+            draw the same: ``augment={"image": [Crop(4), Flip(), Cutout(8)], "mask": [Crop(4), Flip()]}``.
         drop_last: leave out a last batch that is smaller.
         seed: of order and randomness. In a Loop it is the Loop's unless given here; by itself it is 0 unless given.
         strict: whether a batch whose structure or trailing shape differs from the first is an error; None leaves that to
@@ -102,6 +113,7 @@ class Loader:
         workers: int = 0,
         transform: Callable[[Any], Any] | None = None,
         collate: Callable[[list[Any]], Any] | None = None,
+        augment: Any = None,
         drop_last: bool = False,
         seed: int | None = None,
         strict: bool | None = None,
@@ -126,6 +138,7 @@ class Loader:
         self._rows().check()
         self.workers = whole("workers", workers, 0)
         self.transform, self.collate = transform, collate
+        self.augment = None if augment is None else Augment(augment)
         self.seed, self.strict = seed, strict
         if strict is None and (gives_batches(sampler) or isinstance(collate, Pad)):
             self.strict = False
@@ -147,7 +160,7 @@ class Loader:
     @property
     def uniform(self) -> bool:
         """Whether all batches have one structure and trailing shape by construction."""
-        return self._uniform(as_arrays(self.dataset))
+        return self.augment is None and self._uniform(as_arrays(self.dataset))
 
     def _uniform(self, data: Any) -> bool:
         return isinstance(data, ArrayDataset) and self.collate is None and self.transform is None
@@ -178,17 +191,41 @@ class Loader:
             pin_memory: in place of the Loader's own.
             source: who reads an iterable, and knows how far; unless given, it is read from its beginning.
         """
-        whole("epoch", epoch, 0)
-        whole("start", start, 0)
-        _check_share(share)
+        if self.augment is not None:
+            numbered = self.numbered(seed, epoch, start, stop, share=share, step=step, pin_memory=pin_memory, source=source)
+            return self.augment.applied(numbered, seed, epoch, start)
+        self._check(epoch, start, share)
         if self.iterable:
-            read = Source(self.dataset, "the dataset") if source is None else source
-            return itertools.islice(self._streamed(read, seed, epoch, start, share), _count(start, stop))
-        self._check_size()
+            return map(operator.itemgetter(1), self._streamed(seed, epoch, start, stop, share, source))
         quick, rows = as_arrays(self.dataset), self._rows()
-        if self.workers == 0 and self._uniform(quick) and quick.on_one_device and share == (0, 1) and rows.sliced:
+        if self._gathers(quick, rows, share):
             return self._sliced(quick, rows.order(seed, epoch), rows.end(stop), start)
         return self._made(_tasks(rows, seed, epoch, start, stop, share, step), pin_memory)
+
+    def numbered(
+        self,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        step: int | None = None,
+        pin_memory: bool | None = None,
+        source: Source | None = None,
+    ) -> Iterator[Numbered]:
+        """The batches as :meth:`batches` gives them, not augmented yet, each with the indices of its samples."""
+        self._check(epoch, start, share)
+        if self.iterable:
+            return itertools.starmap(_numbered, self._streamed(seed, epoch, start, stop, share, source))
+        quick, rows = as_arrays(self.dataset), self._rows()
+        if self._gathers(quick, rows, share):
+            size, device = self._batch_size(), quick.tensors[0].device
+            places = _chunks(rows.order(seed, epoch), start * size, rows.end(stop), size, device)
+            return (Numbered(place, quick.gather(place)) for place in map(functools.partial(_each, device=device), places))
+        asked: deque[Task] = deque()  # of which the batches are not there yet
+        tasks = _remembered(_tasks(rows, seed, epoch, start, stop, share, step), asked)
+        return (_numbered(asked.popleft(), batch) for batch in self._made(tasks, pin_memory))
 
     def order(self, seed: int = 0, epoch: int = 0) -> Tensor:
         """Which samples the batches of an epoch are made of, one after the other: int64, on the CPU.
@@ -222,6 +259,17 @@ class Loader:
             for one in (self, other)
         )  # fmt: skip
         return ours == theirs
+
+    def _check(self, epoch: int, start: int, share: tuple[int, int]) -> None:
+        whole("epoch", epoch, 0)
+        whole("start", start, 0)
+        _check_share(share)
+        if not self.iterable:
+            self._check_size()
+
+    def _gathers(self, data: Any, rows: Rows, share: tuple[int, int]) -> bool:
+        """Whether batches are slices of arrays, put in order, and nothing else."""
+        return self.workers == 0 and self._uniform(data) and data.on_one_device and share == (0, 1) and rows.sliced
 
     def _rows(self) -> Rows:
         return Rows(self.dataset, self.batch_size, self.shuffle, self.drop_last, self.sampler, self.batch_sampler)
@@ -260,15 +308,19 @@ class Loader:
                 batch = maker(task)
             yield batch
 
-    def _streamed(self, source: Source, seed: int, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Any]:
+    def _streamed(
+        self, seed: int, epoch: int, start: int, stop: int | None, share: tuple[int, int], source: Source | None
+    ) -> Iterator[tuple[Task, Any]]:
         maker, size = Maker(None, self.collate, self.transform), self._batch_size()
-        for index, samples in enumerate(source.read(seed, epoch, start, size), start):
+        source = Source(self.dataset, "the dataset") if source is None else source
+        for index, samples in enumerate(itertools.islice(source.read(seed, epoch, start, size), _count(start, stop)), start):
             if len(samples) < size and self.drop_last:
                 return
-            task = Task(seed, epoch, index, list(range(len(samples))), *share_of(len(samples), share))
+            places = list(range(index * size, index * size + len(samples)))
+            task = Task(seed, epoch, index, places, *share_of(len(samples), share))
             with kept():
                 batch = maker.of_samples(samples, task)
-            yield batch
+            yield task, batch
 
     def _batch_size(self) -> int:
         assert self.batch_size is not None  # without it there is a batch_sampler
@@ -347,6 +399,20 @@ def _tasks(
 ) -> Iterator[Task]:
     for number, of_batch in enumerate(rows.batches(seed, epoch, start, stop, step), start):
         yield Task(seed, epoch, number, of_batch.tolist(), *share_of(len(of_batch), share))
+
+
+def _remembered(tasks: Iterator[Task], asked: deque[Task]) -> Iterator[Task]:
+    for task in tasks:
+        asked.append(task)
+        yield task
+
+
+def _numbered(task: Task, batch: Any) -> Numbered:
+    return Numbered(torch.tensor(task.rows[task.first : task.last], dtype=torch.int64), batch)
+
+
+def _each(place: Tensor | slice, device: torch.device) -> Tensor:
+    return torch.arange(place.start, place.stop, device=device) if isinstance(place, slice) else place
 
 
 def _chunks(indices: Any, first: int, end: int, size: int, device: torch.device) -> Iterator[Tensor | slice]:

@@ -135,20 +135,26 @@ class Stream:
 
     def _batches(self, seed: int, epoch: int, start: int, limit: int | None, step: int | None) -> Iterator[Any]:
         cuda = self.device is not None and self.device.type == "cuda"
+        own = seed if self.loader is None or self.loader.seed is None else self.loader.seed
+        augment = None if self.loader is None else self.loader.augment
         if self.loader is not None:
-            own = seed if self.loader.seed is None else self.loader.seed
+            read = self.loader.batches if augment is None else self.loader.numbered
             pin = True if cuda else None
-            batches = self.loader.batches(own, epoch, start, limit, step=step, pin_memory=pin, source=self.source)
+            batches = read(own, epoch, start, limit, step=step, pin_memory=pin, source=self.source)
         else:
             assert self.source is not None  # what is no Loader is read by a Source
             batches = self.source.read(seed, epoch, start)
             if limit is not None:
                 batches = itertools.islice(batches, max(0, limit - start))
-        if self.strict:
-            batches = self._checked(batches, epoch, start)
+        if augment is not None:  # where they are used, and checked as they are used
+            augmented = augment.applied(self._moved(batches), own, epoch, start)
+            return self._checked(augmented, epoch, start) if self.strict else augmented
+        return self._moved(self._checked(batches, epoch, start) if self.strict else batches)
+
+    def _moved(self, batches: Iterator[Any]) -> Iterator[Any]:
         if self.device is None or self.device.type == "cpu":
             return batches
-        if cuda and self.loader is not None and not self.loader.iterable:
+        if self.device.type == "cuda" and self.loader is not None and not self.loader.iterable:
             return ahead(batches, self.device)
         return map(functools.partial(to_device, device=self.device), batches)
 
@@ -227,6 +233,7 @@ class Stream:
             "batch_size": loader.batch_size,
             "shuffle": loader.shuffle,
             "drop_last": loader.drop_last,
+            "augment": None if loader.augment is None else loader.augment.described(),
             "sampler": _fingerprint(loader.sampler),
             "batch_sampler": _fingerprint(loader.batch_sampler),
             "seed": loader.seed,

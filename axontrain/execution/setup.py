@@ -102,7 +102,7 @@ def compare(
             f"loop.restore(...), and fit(...) without resume"
         )
     changes = list(batches)
-    changes += _differences("the training data's ", saved["data"], now["data"], ("kind", "limit"))
+    changes += _differences("the training data's ", saved["data"], now["data"], ("kind", "limit", "augment"))
     changes += _validation(saved["validation"], now["validation"])
     changes += _differences("", saved, now, ("validate",))
     kept = counters["seed"]
