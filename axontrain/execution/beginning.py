@@ -57,19 +57,42 @@ class Beginning:
         randomness.restore(self._rng)
 
 
-class Numbers:
-    """Numbers that a module counts in, as attributes: put back, where a step is computed once more that they have counted."""
+class Attributes:
+    """What a module counts and keeps in attributes, and parameters that are not trained: put back for a step done anew."""
 
     def __init__(self, module: nn.Module) -> None:
+        kinds = (int, float, str, list, dict, torch.Tensor)
         self._kept = [
-            (vars(part), {name: value for name, value in vars(part).items() if isinstance(value, (int, float))})
+            (vars(part), [(name, value, _shallow(value)) for name, value in vars(part).items() if _own(name, value, kinds)])
             for part in module.modules()
         ]
+        self._frozen = [(p, p.detach().clone()) for p in module.parameters() if not p.requires_grad]
 
+    @torch.no_grad()
     def put_back(self) -> None:
         """Make them what they were."""
         for attributes, kept in self._kept:
-            attributes.update(kept)
+            for name, value, before in kept:
+                attributes[name] = value
+                if isinstance(value, torch.Tensor):
+                    value.detach().copy_(before)
+                elif isinstance(value, list):
+                    value[:] = before
+                elif isinstance(value, dict):
+                    value.clear()
+                    value.update(before)
+        for p, before in self._frozen:
+            p.copy_(before)
+
+
+def _own(name: str, value: Any, kinds: tuple[type, ...]) -> bool:
+    return not name.startswith("_") and type(value) in (*kinds, bool)
+
+
+def _shallow(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, (list, dict)) else value
 
 
 def _copied(states: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,7 +13,11 @@ from typing import Any
 
 import torch
 
-TORCH, OWN = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+# Whose lines nobody is asked to mend: torch's, ours, Python's own, and those of what is installed.
+FOREIGN = (
+    str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"],
+    sysconfig.get_paths()["purelib"], "<",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -58,7 +63,7 @@ def reason_of(error: BaseException) -> tuple[str, str]:
 
 
 def _foreign(path: str) -> bool:
-    return path.startswith((TORCH, OWN, "<"))
+    return path.startswith(FOREIGN)
 
 
 def _told(frame: traceback.FrameSummary) -> str:

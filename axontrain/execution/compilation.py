@@ -36,7 +36,8 @@ class Compilation:
         self.report = StepReport("eager", "no step was done yet")
         self.main = ""  # the first batch's shape
         self.since = 0  # the step at which it came
-        self.others = 0  # batches of other shapes
+        self.others = 0  # batches of other shapes, before sizes were taken for variable
+        self.variable = False  # whether they are
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
@@ -44,11 +45,12 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
-        return {"main": self.main, "since": self.since, "others": self.others, **self.seen}
+        counts = {"main": self.main, "since": self.since, "others": self.others, "variable": self.variable}
+        return counts | self.seen
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self.main, self.since, self.others = state["main"], state["since"], state["others"]
+        self.main, self.since, self.others, self.variable = (state[k] for k in ("main", "since", "others", "variable"))
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
             self.eager, self.report.how, self.report.reason = why, "eager", why
@@ -63,8 +65,8 @@ class Compilation:
         if shape == self.main:
             return "static"
         self.others += 1
-        many = self.others > FEW and self.others * SHARE > step - self.since
-        return "dynamic" if many and not self.fixed else "eager"
+        self.variable = self.variable or (self.others > FEW and self.others * SHARE > step - self.since)
+        return "dynamic" if self.variable and not self.fixed else "eager"
 
     def in_vain(self) -> bool:
         """Whether to compile another graph would be in vain."""

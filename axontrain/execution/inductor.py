@@ -7,6 +7,7 @@ it costs as much as the graph.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Backend:
     def _whole(self, graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches=options)  # type: ignore[return-value]  # a callable
+        with not_donated():
+            return compile_fx(graph, inputs, config_patches=options)  # type: ignore[return-value]  # a callable
 
     def _direct(self, graph: Any, inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
         from torch._functorch import config
@@ -74,6 +76,14 @@ class Backend:
             if callable(call):
                 return _flat(call)
         return compiled  # type: ignore[return-value]  # a callable
+
+
+def not_donated() -> contextlib.AbstractContextManager[Any]:
+    """Have gradients taken for a look before backward is run: what backward is given, it is not to write over."""
+    from torch._functorch import config
+
+    patched: contextlib.AbstractContextManager[Any] = config.patch(donated_buffer=False, enable_autograd_cache=False)
+    return patched
 
 
 def _flat(call: Callable[[list[Any]], Any]) -> Callable[..., Any]:

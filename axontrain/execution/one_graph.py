@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.execution.beginning import Beginning, Changing, Numbers
+from axontrain.execution.beginning import Attributes, Beginning, Changing
 from axontrain.execution.breaks import reason_of
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.microbatches import out_of_memory
@@ -19,6 +19,7 @@ from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
 from axontrain.execution.twin import Outcome, Twin, differences, of_step, sizes
 from axontrain.execution.whole_step import WholeStep
+from axontrain.guard import has_hooks
 from axontrain.objective import Objective, Step
 from axontrain.state import LoopState
 
@@ -39,7 +40,7 @@ class OneGraph:
 
     def __call__(self, batch: Any) -> Step:
         graph, update = self.graph, self.update
-        if graph is None or update.veto is not None:
+        if graph is None or update.veto is not None or self._watched():
             return self._otherwise(batch)
         update.ready()
         step = graph.attempt(batch)
@@ -48,17 +49,23 @@ class OneGraph:
         update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]  # a graph's steps have a flag
         return step
 
+    def _watched(self) -> bool:
+        """Whether somebody waits for gradients or for the optimizer's steps, or has left gradients to be added to."""
+        for p in self.update.tensors:
+            if p.grad is not None or p._backward_hooks or p._post_accumulate_grad_hooks:
+                return True
+        return any(map(has_hooks, self.update.optimizers))
+
     def _otherwise(self, batch: Any) -> Step:
         """A step that the graph in use is not of."""
         made, update = self.made, self.update
-        watched = torch._C._len_torch_dispatch_stack()  # what is compiled under a mode, torch never runs again
-        if made.eager or made.divided or update.veto is not None or watched:
+        under = torch._C._len_torch_dispatch_stack()  # what is compiled under a mode, torch never runs again
+        if made.eager or made.divided or update.veto is not None or under or self._watched():
             self.graph = None
             return self.run(batch)
         update.ready()
         for graph in made.graphs:
-            if graph is self.graph:
-                continue
+            graph.begin()
             if graph.left:
                 if graph.fits(batch):
                     return self._compared(graph, batch)
@@ -92,16 +99,20 @@ class OneGraph:
             made.give_up(f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}")
             return step
         before = _Before(objective)
+        change = change if graph is None else "a graph does not fit its batch any more"
         try:
+            if graph is not None:
+                before.take_state(update.optimizers)
+                given = graph.attempt(batch)
+                graph = graph if given is not None else None
             if graph is None:
                 trained = [name for name in expected.trained if name in update.parameters]
                 graph = WholeStep(objective, update, made.precision, trained, expected.changing, dynamic=dynamic)
                 before.take_state(update.optimizers)
-                step = graph.first(batch)
+                given = graph.first(batch)
                 made.takes(graph, change)
-            else:
-                before.take_state(update.optimizers)
-                step = graph.attempt(batch)  # type: ignore[assignment]  # it fits
+            assert given is not None  # by one or the other
+            step = given
         except Exception as error:
             if out_of_memory(error):
                 raise
@@ -125,7 +136,7 @@ class OneGraph:
             before.put_back()
             made.differs(told)
             return self.run(batch)
-        graph.left -= 1
+        graph.left -= not bool(step.skipped)  # where nothing was finite, nothing was compared
         if not graph.left and not graph.dynamic:
             self.graph = graph
         made.report.compared += 1
@@ -144,7 +155,7 @@ class _Before:
     """All that a step changes, as it was before."""
 
     def __init__(self, objective: Objective) -> None:
-        self._beginning, self._numbers = Beginning(Changing(objective)), Numbers(objective)
+        self._beginning, self._numbers = Beginning(Changing(objective)), Attributes(objective)
         named = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self.sizes = sizes(objective)

@@ -10,9 +10,9 @@ import torch
 
 from axontrain.data.structure import mapped
 from axontrain.errors import kind_of
-from axontrain.execution.beginning import Beginning, Changing, Numbers
+from axontrain.execution.beginning import Attributes, Beginning, Changing
 from axontrain.execution.breaks import reason_of, trying
-from axontrain.execution.inductor import Backend
+from axontrain.execution.inductor import Backend, not_donated
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
 from axontrain.execution.twin import COMPARED, Twin, differences, of_step
@@ -72,7 +72,7 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started, beginning, numbers = time.perf_counter(), Beginning(Changing(objective)), Numbers(objective)
+        started, beginning, numbers = time.perf_counter(), Beginning(Changing(objective)), Attributes(objective)
         try:
             expected, nudged = (Twin(objective, None, made.precision, nudged=nudged).step(batch) for nudged in (False, True))
         except Exception as error:
@@ -85,7 +85,9 @@ class Parts:
                 tried = self.compiled(batch)
             check(tried, objective)
             names, live = zip(*((name, p) for name, p in objective.named_parameters() if p.requires_grad), strict=True)
-            gradients = zip(names, torch.autograd.grad(tried.loss, live, allow_unused=True), strict=True)
+            with not_donated():
+                found_by = torch.autograd.grad(tried.loss, live, retain_graph=True, allow_unused=True)
+            gradients = zip(names, found_by, strict=True)
             found = of_step(tried, objective, before)
             found.found |= {f"the gradient of {name}": one for name, one in gradients if one is not None}
         except Exception as error:
@@ -95,15 +97,14 @@ class Parts:
             numbers.put_back()
             made.give_up(*reason_of(error))
             return self.plain(batch)  # type: ignore[no-any-return]
-        beginning.put_back(gradients=True)
-        numbers.put_back()
         if told := differences(found, expected, nudged, {}, made.precision):
+            beginning.put_back(gradients=True)
+            numbers.put_back()
             made.differs(told)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left -= 1
         self.shapes.add(str(mapped(batch, kind_of)))
         made.report.compared += 1
-        step: Step = self.compiled(batch)
         self._count()
         made.report.seconds += time.perf_counter() - started
-        return step
+        return tried  # type: ignore[no-any-return]  # a step that was looked at

@@ -100,7 +100,9 @@ class Twin:
                 f"the gradient of {name}": p.grad for name, p in objective.named_parameters() if p.grad is not None
             }
             return outcome
-        self.update.update(step.loss.detach(), step.values)
+        if float(self.update.update(step.loss.detach(), step.values)):  # skipped: buffers are put back
+            changed = [f"the buffer {name}" for name in outcome.changing]
+            outcome.found |= {name: torch.zeros_like(outcome.found[name]) for name in changed if name in outcome.found}
         outcome.found |= {f"the update of {name}": _change(p, before[name]) for name, p in objective.named_parameters()}
         outcome.found |= _states(self.update)
         return outcome
@@ -205,11 +207,10 @@ def _states(update: Update) -> dict[str, Tensor]:
 
 def _of_step(step: Step) -> dict[str, Tensor]:
     found = {"the loss": step.loss.detach().reshape(())}
-    found |= {f"the value {name!r}": v.detach() for name, v in step.values.items() if isinstance(v, Tensor)}
+    found |= {f"the value {name!r}": torch.as_tensor(v).detach() for name, v in step.values.items()}
     for number, tensor in enumerate(tensors(step.predictions)):
         found[f"the predictions{f' ({number})' if number else ''}"] = tensor.detach().clone()
-    if isinstance(step.weight, Tensor):
-        found["the weight"] = step.weight.detach()
+    found["the weight"] = torch.as_tensor(step.weight).detach()
     return found
 
 

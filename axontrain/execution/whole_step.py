@@ -24,13 +24,15 @@ from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.inductor import Backend, ClosedError
 from axontrain.execution.precision import Precision
 from axontrain.execution.twin import COMPARED
-from axontrain.guard import has_hooks
 from axontrain.objective import Objective, Step
 from axontrain.update import Update
 
 # Guards that hold by themselves: on what torch and this package are made of, on constants of the function, and on the structure
 # of its arguments, which is made here.
-OURS = ("G['__import_torch", "G['__import_axontrain", "G['__import_contextlib", "G['__builtins_dict", "__import__('torch')")
+OURS = (
+    "G['__import_torch']", "G['__import_torch_dot_", "G['__import_axontrain']", "G['__import_axontrain_dot_",
+    "G['__import_contextlib']", "G['__builtins_dict", "__import__('torch')",
+)  # fmt: skip
 # What a step does not look at: it is in no transform of torch.func, and saves nothing for a backward pass.
 AMBIENT = ("FUNCTORCH_STACK_MATCH", "AUTOGRAD_SAVED_TENSORS_HOOKS")
 CONSTANTS, LISTS = ("layout", "rates"), ("params", "states", "buffers")
@@ -41,24 +43,19 @@ class Layout:
 
     def __init__(self, update: Update, trained: Sequence[str], changing: Sequence[str]) -> None:
         self.buffers = [PREFIX + name for name in changing]
-        self.clip_value, self.clip_norm = update.spec.clip_value, update.spec.clip_norm
+        self.spec, self.clip_value, self.clip_norm = update.spec, update.spec.clip_value, update.spec.clip_norm
         self.forms: list[Form] = []
         self.names: list[list[str]] = []
         self.params: list[list[Tensor]] = []
         self.places: list[tuple[torch.optim.Optimizer, int]] = []  # of the groups, which torch replaces when it loads
         owned = {id(update.parameters[name]): name for name in trained}
         for optimizer in update.optimizers:
-            if has_hooks(optimizer):
-                raise UntraceableError(f"{type(optimizer).__name__} has hooks on its steps")
             for number, group in enumerate(optimizer.param_groups):
                 if params := [p for p in group["params"] if id(p) in owned]:
                     self._take(optimizer, number, params, [owned[id(p)] for p in params])
         self.keys = [(*one.keys, "step") if one.counts else one.keys for one in self.forms]
 
     def _take(self, optimizer: torch.optim.Optimizer, number: int, params: list[Tensor], names: list[str]) -> None:
-        for p, name in zip(params, names, strict=True):
-            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-                raise UntraceableError(f"{name} has a hook on its gradient")
         group = optimizer.param_groups[number]
         found = form(optimizer, group)
         if isinstance(found, str):
@@ -82,7 +79,7 @@ class WholeStep:
         dynamic: whether sizes are taken for variable.
 
     Raises:
-        UntraceableError: if an optimizer has no functional form, or somebody waits for its steps or for gradients.
+        UntraceableError: if an optimizer has no functional form.
     """
 
     def __init__(
@@ -118,8 +115,11 @@ class WholeStep:
         Raises:
             Exception: whatever torch raises that cannot compile it.
         """
-        with trying():
+        # Else hooks that are put on modules later would never be called: by default Dynamo does not look for them.
+        with trying(), torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
             step = self.attempt(batch)
+        if not self.backend.graphs:
+            raise UntraceableError("torch's compiler is switched off, by TORCHDYNAMO_DISABLE or torch.compiler.set_stance")
         assert step is not None  # there is nothing yet that it could not fit
         self.backend.closed = True
         self._take_hold()
@@ -127,14 +127,22 @@ class WholeStep:
 
     def attempt(self, batch: Any) -> Step | None:
         """Do a step, if what was compiled is of such a batch, of the module as it is, and of the optimizer's options of now."""
-        for index, (optimizer, number) in enumerate(self.layout.places):
+        layout = self.layout
+        if layout.clip_norm != layout.spec.clip_norm or layout.clip_value != layout.spec.clip_value:
+            return None
+        for index, (optimizer, number) in enumerate(layout.places):
             group = optimizer.param_groups[number]
             if self.options[index](group) != self.constants[index]:
                 return None
-            if (rate := group["lr"]) != self.set[index]:
+            rate = group["lr"]
+            if isinstance(rate, Tensor) or rate != self.set[index]:  # a tensor may have been filled in place
                 self.rates[index].fill_(rate)
                 self.set[index] = rate
-        arguments = self._arguments(batch)
+        try:
+            arguments = self._arguments(batch)
+        except KeyError:  # state that was restored from before there was any: see begin
+            return None
+        enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
             if self._check is not None and not self._check({**arguments, **self.closure}):
@@ -145,8 +153,14 @@ class WholeStep:
                 return None
             raise
         finally:
-            torch._C._set_grad_enabled(True)
+            torch._C._set_grad_enabled(enabled)
         return Step(loss, predictions, targets, weight, values, flag, sample_weights)
+
+    def begin(self) -> None:
+        """Make the state that the optimizers lack, as after a state was restored from before their first step."""
+        layout = self.layout
+        for one, params, (optimizer, number) in zip(layout.forms, layout.params, layout.places, strict=True):
+            begin(one, optimizer.param_groups[number], params, optimizer.state)
 
     def fits(self, batch: Any) -> bool:
         """Whether a step of this batch may be tried."""
