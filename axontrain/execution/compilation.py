@@ -13,7 +13,6 @@ from axontrain.data.structure import mapped
 from axontrain.errors import kind_of, warn
 from axontrain.execution.precision import Precision
 from axontrain.execution.report import StepReport
-from axontrain.execution.twin import COMPARED
 
 if TYPE_CHECKING:  # imported when something is compiled
     from axontrain.execution.parts import Parts
@@ -24,6 +23,9 @@ IN_VAIN = 3  # so many graphs, each of which was of one step only: something cha
 # Batches of another shape than the first, as the last of an epoch, are done in eager until there are so many of them, and they
 # are so large a part of all.
 FEW, SHARE = 8, 8
+
+
+COUNTS = ("main", "since", "others", "variable", "misses", "last", "in_a_row")  # which decide how the next step is done
 
 
 class Compilation:
@@ -38,6 +40,9 @@ class Compilation:
         self.since = 0  # the step at which it came
         self.others = 0  # batches of other shapes, before sizes were taken for variable
         self.variable = False  # whether they are
+        # How often a step was of no graph, at which step last, and how often in a row: a graph is made then, but not for ever.
+        self.misses, self.last, self.in_a_row = 0, -1, 0
+        self.restarted = False  # whether graphs of the run are not there because it was resumed
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
@@ -45,12 +50,13 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
-        counts = {"main": self.main, "since": self.since, "others": self.others, "variable": self.variable}
-        return counts | self.seen
+        return {name: getattr(self, name) for name in COUNTS} | self.seen
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
-        self.main, self.since, self.others, self.variable = (state[k] for k in ("main", "since", "others", "variable"))
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.restarted = True
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
             self.eager, self.report.how, self.report.reason = why, "eager", why
@@ -64,14 +70,19 @@ class Compilation:
             self.main, self.since = shape, step
         if shape == self.main:
             return "static"
-        self.others += 1
+        self.others += not self.variable
         self.variable = self.variable or (self.others > FEW and self.others * SHARE > step - self.since)
         return "dynamic" if self.variable and not self.fixed else "eager"
 
-    def in_vain(self) -> bool:
-        """Whether to compile another graph would be in vain."""
-        last = self.graphs[-IN_VAIN:]
-        return len(self.graphs) >= MOST_GRAPHS or (len(last) == IN_VAIN and all(graph.left == COMPARED - 1 for graph in last))
+    def in_vain(self, step: int) -> bool:
+        """Whether to compile another graph, at a step that is of none, would be in vain."""
+        if self.restarted:  # it may be of one that there was before
+            self.restarted = False
+            return False
+        next_to = step == self.last + 1 and self.misses > 0
+        self.in_a_row = self.in_a_row + 1 if next_to else 0
+        self.misses, self.last = self.misses + 1, step
+        return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
 
     def takes(self, graph: WholeStep, change: str) -> None:
         """Count a graph that was compiled; ``change`` says what did not fit those before."""

@@ -77,7 +77,7 @@ class OneGraph:
         if how == "eager":
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
-        if made.in_vain():
+        if made.in_vain(self.state.step):
             told = change or "something in the batch or in the module"
             self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told} has changed", seen=True)
             return self.run(batch)

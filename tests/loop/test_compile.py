@@ -640,3 +640,112 @@ def test_in_parts_a_batch_of_another_size_is_held_against_eager_too():
         eager, compiled = both(Small, data=table(150), fit={"epochs": 1})
     assert "differs from eager" in str(told[-1].message)
     alike(eager, compiled)
+
+
+class At(ax.Callback):
+    """Does something before a step."""
+
+    def __init__(self, step, action):
+        super().__init__()
+        self.step, self.action = step, action
+
+    def before_batch(self, state):
+        if state.step == self.step:
+            self.action(state)
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+LATER = {
+    "a hook on a module": lambda state: state.objective.net.register_forward_hook(doubled),
+    "a hook on a gradient": lambda state: state.objective.net.weight.register_hook(lambda gradient: -gradient),
+    "a hook on steps": lambda state: (
+        state.optimizers["main"]
+        .optimizers[0]
+        .register_step_post_hook(lambda optimizer, *_: optimizer.param_groups[0].update(lr=0.01))
+    ),
+    "clipping": lambda state: setattr(state.optimizers["main"].spec, "clip_norm", 0.01),
+    "a gradient that is left": lambda state: setattr(state.objective.net.bias, "grad", torch.ones(2)),
+    "a global": lambda state: globals().update(SCALE=0.5),
+}
+SCALE = 1.0
+
+
+class Scaled(Net):
+    def loss(self, logits, labels):
+        return SCALE * F.cross_entropy(logits, labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", LATER)
+def test_what_comes_later_is_heeded(what, monkeypatch):
+    loops = []
+    for compile in (False, True):
+        monkeypatch.setitem(globals(), "SCALE", 1.0)
+        optimizer = ax.Optimizer("sgd", lr=0.1, momentum=0.9, clip_norm=100.0)
+        loop = made(Scaled, optimizer, compile, callbacks=[At(12, LATER[what])])
+        loop.fit(table(), epochs=3, batch_size=16)
+        loops.append(loop)
+    alike(*loops)
+    plain = made(Scaled, ax.Optimizer("sgd", lr=0.1, momentum=0.9, clip_norm=100.0), False)
+    plain.fit(table(), epochs=3, batch_size=16)
+    same = zip(plain.objective.parameters(), loops[0].objective.parameters(), strict=True)
+    assert not all(torch.allclose(a, b, atol=1e-5) for a, b in same)  # it does something
+
+
+@pytest.mark.slow
+def test_a_state_from_before_the_first_step_is_gone_on_from():
+    loops = []
+    for compile in (False, True):
+        loop = made(Net, ax.Optimizer("adamw", lr=0.01), compile)
+        start = loop.save()
+        for _ in range(2):
+            loop.restore(start)
+            loop.fit(table(), epochs=1, batch_size=16)
+        loops.append(loop)
+    alike(*loops, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_no_proof():
+    class Miscompiled(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("poison", torch.full((), float("nan")))
+
+        def predict(self, inputs):
+            return torch.add(self.net.bias, inputs @ self.net.weight.T, alpha=0.1) + self.poison
+
+    heal = At(3, lambda state: state.objective.poison.zero_())
+    loop = made(Miscompiled, callbacks=[heal])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loop.fit(table(), epochs=1, batch_size=16)
+    assert loop.report().how == "eager"
+    assert any("differs from eager" in str(one.message) for one in told)
+
+
+@pytest.mark.slow
+def test_what_a_module_keeps_is_not_moved_on_twice():
+    class Momentum(Net):
+        def __init__(self):
+            super().__init__()
+            self.slow = nn.Linear(8, 2).requires_grad_(False)
+            self.seen = []
+            self.mean = torch.zeros(2)
+
+        def predict(self, inputs):
+            with torch.no_grad():
+                self.slow.weight.lerp_(self.net.weight, 0.1)
+            logits = self.net(inputs)
+            self.seen.append(float(logits.detach().sum()))  # a host read: in parts
+            self.mean = 0.9 * self.mean + 0.1 * logits.detach().mean(0)
+            return logits + 0.1 * self.slow(inputs)
+
+    with pytest.warns(ax.AxonWarning, match="cannot become one graph"):
+        eager, compiled = both(Momentum)
+    alike(eager, compiled)
+    assert len(eager.objective.seen) == len(compiled.objective.seen) == 30
+    torch.testing.assert_close(eager.objective.mean, compiled.objective.mean)
