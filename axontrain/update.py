@@ -653,6 +653,8 @@ def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     """Raise where an option that was saved is of another kind than the own one; None may stand for any but a number."""
     for key in set(own) & set(saved) - {"params"}:
         a, b = _kind(own[key]), _kind(saved[key])
+        if key in KERNEL and b not in ("nothing", "true or false"):
+            raise CheckpointError(f"{key} of {of} is {b} in the saved one: it is true, false or nothing")
         asked = key not in KERNEL and (a in ("a number", "true or false") or a.startswith("a list"))
         if a != b and a != "nothing" and (b != "nothing" or asked):
             raise CheckpointError(f"{key} of {of} is {a} here, and {b} in the saved one")

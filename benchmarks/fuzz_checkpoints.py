@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import axontrain as ax
 from axontrain.checkpoint import read, write
 from axontrain.checkpoint.directory import about
+from axontrain.update import KERNEL
 
 TENSORS, STATE, ABOUT, MANIFEST = FILES = ("tensors.safetensors", "state.json", "about.json", "manifest.json")
 VALUES: tuple[Any, ...] = (
@@ -264,7 +265,8 @@ def different(a: Any, b: Any, place: str = "") -> str:
 def common(a: Any, b: Any) -> tuple[Any, Any]:
     """Two states without what one of them has not got: what was not saved begins with nothing, what is not here is left.
 
-    And without what is no state: a cadence of another interval begins anew, and AdamW is what it is.
+    And without what is no state: a cadence of another interval begins anew, AdamW is what it is, and which kernel computes is
+    this machine's to say.
     """
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
         both = [common(x, y) for x, y in zip(a, b, strict=True)]
@@ -276,7 +278,7 @@ def common(a: Any, b: Any) -> tuple[Any, Any]:
     pairs = {
         key: common(a[key], b[key])
         for key in a
-        if key in b and key != "decoupled_weight_decay" and not key.startswith("cadence/")
+        if key in b and key not in ("decoupled_weight_decay", *KERNEL) and not key.startswith("cadence/")
     }
     return {key: pair[0] for key, pair in pairs.items()}, {key: pair[1] for key, pair in pairs.items()}
 

@@ -409,3 +409,11 @@ def test_the_bounds_of_saving_are_those_of_reading(tmp_path):
     assert same(read(write(tmp_path / "saved", tree)), tree)
     fitting(tmp_path / "saved")
     assert same(read(tmp_path / "saved"), tree)
+
+
+def test_which_kernel_computes_is_true_or_false_or_nothing():
+    loop = ax.Loop(ax.Supervised(torch.nn.Linear(2, 2), "cross_entropy"), ax.Optimizer("adamw", lr=0.1), progress=False)
+    state = loop.save()
+    state["optimizers"]["main"]["optimizers"][0]["groups"][0]["foreach"] = [2, 3]
+    with pytest.raises(ax.CheckpointError, match="foreach of the optimizer 'main' is a list .* true, false or nothing"):
+        loop.restore(state)

@@ -91,9 +91,8 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name != "adamw")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_whole_run_is_one_graph_and_the_same_training(name):
     eager, compiled = both(Deep, OPTIMIZERS[name])
 
@@ -147,6 +146,7 @@ def test_what_breaks_the_graph_is_told_by_its_line_and_compiled_in_parts():
     assert compiled.report().compared >= 3
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_is_left_out_of_a_graph_too():
     class Poisoned(ax.Callback):
         def before_batch(self, state):
