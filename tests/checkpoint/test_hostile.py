@@ -415,5 +415,5 @@ def test_which_kernel_computes_is_true_or_false_or_nothing():
     loop = ax.Loop(ax.Supervised(torch.nn.Linear(2, 2), "cross_entropy"), ax.Optimizer("adamw", lr=0.1), progress=False)
     state = loop.save()
     state["optimizers"]["main"]["optimizers"][0]["groups"][0]["foreach"] = [2, 3]
-    with pytest.raises(ax.CheckpointError, match="foreach of the optimizer 'main' is a list .* true, false or nothing"):
+    with pytest.raises(ax.CheckpointError, match=r"foreach of the optimizer 'main' is a list .* true, false or nothing"):
         loop.restore(state)
