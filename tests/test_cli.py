@@ -63,6 +63,7 @@ def test_what_it_wrote_can_be_gone_on_with(run):
     assert loop.state.seed == 3
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same(run, tmp_path):
     # In a process like the first one: sums round off differently with another number of threads, which tests set to one.
     directory, again = run[0], tmp_path / "again"
