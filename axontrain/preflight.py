@@ -202,7 +202,7 @@ def _one_evaluation(
     precision: Precision,
     report: Report,
 ) -> None:
-    judge: Objective = copy.deepcopy(objective if evaluate_with is None else evaluate_with)
+    judge = copying.copied(objective if evaluate_with is None else evaluate_with)
     try:
         step = _evaluated(judge, batch, seed, precision)
     except Exception as error:

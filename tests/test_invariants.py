@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from frames import watched
 from torch import nn
 
 import axontrain as ax
-
-PACKAGE = str(Path(ax.__file__).parent)
 
 
 class Linear(ax.Objective):
@@ -54,19 +53,7 @@ def samples(batches):
 )
 @pytest.mark.parametrize("how", ["fit", "steps"])
 def test_three_frames_lie_between_fit_and_backward(objective, optimizer, how, monkeypatch):
-    seen = []
-    backward = torch.Tensor.backward
-
-    def spy(self, *args, **kwargs):
-        frame, names = sys._getframe(1), []
-        while frame is not None:
-            if frame.f_code.co_filename.startswith(PACKAGE):
-                names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        seen.append(names)
-        return backward(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    seen = watched(monkeypatch)
     loop = ax.Loop(objective(), optimizer, progress=True, callbacks=[ax.LearningRate(every=1)])
     if how == "fit":
         loop.fit(samples(4), samples(1), epochs=1)

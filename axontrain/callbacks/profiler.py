@@ -117,6 +117,7 @@ class Profiler(Reader):
                 f"ax.Profiler(every='1 epoch', steps=3)"
             )
         _check_free()
+        # One of the two is there, as was seen above.
         self._where = self.directory if self.directory is not None else state.directory / FOLDER  # type: ignore[operator]
         try:
             self._where.mkdir(parents=True, exist_ok=True)
@@ -193,6 +194,7 @@ class Profiler(Reader):
         def schedule(number: int) -> Any:  # torch asks for 0 too, before it knows of the step
             return action.RECORD if max(number, step) >= first else action.WARMUP
 
+        # The options are each of their own kind.
         profile = torch.profiler.profile(activities=activities, schedule=schedule, **self.options)  # type: ignore[arg-type]
         profile.step_num = step
         profile.__enter__()  # type: ignore[no-untyped-call]  # torch's own
@@ -240,7 +242,8 @@ def _check_free() -> None:
 
 def _activities(state: LoopState) -> list[Any]:
     """What is recorded: the host, and the device of the objective, where the profiler knows it."""
-    kinds, there = torch.profiler.ProfilerActivity, torch.profiler.supported_activities()  # type: ignore[no-untyped-call]
+    kinds = torch.profiler.ProfilerActivity
+    there = torch.profiler.supported_activities()  # type: ignore[no-untyped-call]  # torch's own
     devices = {parameter.device.type.upper() for parameter in state.objective.parameters()}
     of_devices = [getattr(kinds, name) for name in sorted(devices - {"CPU"}) if hasattr(kinds, name)]
     return [kinds.CPU, *(kind for kind in of_devices if kind in there)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.errors import DataError
+from axontrain.errors import DataError, kind_of
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -42,6 +42,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 
     return mapped(batch, move)
+
+
+def shapes(batch: Any) -> str:
+    """Types, shapes and dtypes of a batch, in one text: batches that are alike in all of them have the same.
+
+    >>> shapes((torch.zeros(2, 3), 1)) == shapes((torch.ones(2, 3), 2)) != shapes((torch.zeros(4, 3), 1))
+    True
+    """
+    return str(mapped(batch, kind_of))
 
 
 def tensors(batch: Any) -> list[Tensor]:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-# Whose lines nobody is asked to mend: torch's, ours, Python's own, and those of what is installed.
-FOREIGN = (
-    str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"],
-    sysconfig.get_paths()["purelib"], "<",
-)  # fmt: skip
+from axontrain.execution.lines import is_users, written
 
 
 @contextlib.contextmanager
@@ -50,7 +44,8 @@ def reason_of(error: BaseException) -> tuple[str, str]:
     ('no such thing', '')
     """
     stack: Iterable[traceback.FrameSummary] = getattr(error, "real_stack", None) or ()
-    line = next((_told(frame) for frame in reversed([*stack]) if not _foreign(frame.filename)), "")
+    places = ((frame.filename, frame.lineno or 0) for frame in reversed([*stack]))
+    line = next((written(path, number) for path, number in places if is_users(path)), "")
     texts = [text.strip() for text in str(error).strip().splitlines() if text.strip()]
     reason = texts[0] if texts else type(error).__name__
     explained = next((text.partition("Explanation: ")[2] for text in texts if text.startswith("Explanation: ")), "")
@@ -60,11 +55,3 @@ def reason_of(error: BaseException) -> tuple[str, str]:
     if inner is not None:  # of the compiler behind Dynamo
         reason = f"{type(inner).__name__}: {next(iter(str(inner).strip().splitlines()), '')}"
     return reason, line
-
-
-def _foreign(path: str) -> bool:
-    return path.startswith(FOREIGN)
-
-
-def _told(frame: traceback.FrameSummary) -> str:
-    return f"{frame.filename}:{frame.lineno}: {frame.line or ''}".rstrip(": ")

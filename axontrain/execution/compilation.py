@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from axontrain.data.structure import mapped
-from axontrain.errors import kind_of, warn
+from axontrain.data.structure import shapes
+from axontrain.errors import warn
 from axontrain.execution.precision import Precision
 from axontrain.execution.report import StepReport
 
@@ -65,7 +65,7 @@ class Compilation:
 
     def how(self, batch: Any, step: int) -> str:
         """How a batch is to be done that no graph is of: by a "static" graph, a "dynamic" one, or in "eager"."""
-        shape = str(mapped(batch, kind_of))
+        shape = shapes(batch)
         if not self.main:
             self.main, self.since = shape, step
         if shape == self.main:

@@ -47,17 +47,24 @@ def told(places: Iterable[Place]) -> tuple[str, str]:
     """
     users = library = ours = ""
     for path, number in places:
-        if path.startswith("<") and not path.startswith(TYPED_IN):
+        if is_users(path):
+            users = written(path, number)
+            break
+        if path.startswith("<"):
             continue
         if path.startswith((OWN, TORCH)):
             if not ours and not path.startswith(THIN):
                 ours = written(path, number)
         elif not INSTALLED.isdisjoint(Path(path).parts):
             library = library or written(path, number)
-        elif not path.startswith(STDLIB):
-            users = written(path, number)
-            break
     return (users, library) if users else (library or ours, "")
+
+
+def is_users(path: str) -> bool:
+    """Whether a file is the user's own: not torch's, ours, Python's or one that was installed, nor made by a program."""
+    if path.startswith("<"):
+        return path.startswith(TYPED_IN)
+    return not path.startswith((OWN, TORCH, STDLIB)) and INSTALLED.isdisjoint(Path(path).parts)
 
 
 def written(path: str, number: int) -> str:

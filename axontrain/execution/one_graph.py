@@ -67,7 +67,7 @@ class OneGraph:
         for graph in made.graphs:
             graph.begin()
             if graph.left:
-                if graph.fits(batch):
+                if not graph.why_not(batch):
                     return self._compared(graph, batch)
             elif (step := graph.attempt(batch)) is not None:
                 self.graph = graph if not graph.dynamic else self.graph
@@ -127,9 +127,9 @@ class OneGraph:
         told = differences(found, expected, nudged, before.sizes, made.precision)
         # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
         if told and expected.draws:
-            kept, now = before, _Before(objective)
+            now = _Before(objective)
             now.take_state(update.optimizers)
-            kept.put_back()
+            before.put_back()
             told = differences(found, *self._twins(batch, functional=True), before.sizes, made.precision)
             now.put_back()
         if told:
@@ -155,7 +155,7 @@ class _Before:
     """All that a step changes, as it was before."""
 
     def __init__(self, objective: Objective) -> None:
-        self._beginning, self._numbers = Beginning(Changing(objective)), Attributes(objective)
+        self._beginning, self._attributes = Beginning(Changing(objective)), Attributes(objective)
         named = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self.sizes = sizes(objective)
@@ -171,7 +171,7 @@ class _Before:
     def put_back(self) -> None:
         """Make all of it what it was."""
         self._beginning.put_back()
-        self._numbers.put_back()
+        self._attributes.put_back()
         for name, parameter in self._parameters.items():
             parameter.copy_(self.named[name])
         for live, before in self._state:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from axontrain.data.structure import mapped
-from axontrain.errors import kind_of
+from axontrain.data.structure import shapes
 from axontrain.execution.beginning import Attributes, Beginning, Changing
 from axontrain.execution.breaks import reason_of, trying
 from axontrain.execution.inductor import Backend, not_donated
@@ -52,7 +51,7 @@ class Parts:
             return self.plain(batch)  # type: ignore[no-any-return]  # what it is, the runner looks at
         if self.left:
             return self._compared(batch)
-        if len(self.shapes) < MOST_SHAPES and str(mapped(batch, kind_of)) not in self.shapes:
+        if len(self.shapes) < MOST_SHAPES and shapes(batch) not in self.shapes:
             self.left = 1  # it is of another graph, or makes the one that there is one of variable sizes
             return self._compared(batch)
         step: Step = self.compiled(batch)
@@ -72,7 +71,7 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started, beginning, numbers = time.perf_counter(), Beginning(Changing(objective)), Attributes(objective)
+        started, beginning, attributes = time.perf_counter(), Beginning(Changing(objective)), Attributes(objective)
         try:
             expected, nudged = (Twin(objective, None, made.precision, nudged=nudged).step(batch) for nudged in (False, True))
         except Exception as error:
@@ -94,16 +93,16 @@ class Parts:
             if out_of_memory(error):
                 raise
             beginning.put_back(gradients=True)
-            numbers.put_back()
+            attributes.put_back()
             made.give_up(*reason_of(error))
             return self.plain(batch)  # type: ignore[no-any-return]
         if told := differences(found, expected, nudged, {}, made.precision):
             beginning.put_back(gradients=True)
-            numbers.put_back()
+            attributes.put_back()
             made.differs(told)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left -= 1
-        self.shapes.add(str(mapped(batch, kind_of)))
+        self.shapes.add(shapes(batch))
         made.report.compared += 1
         self._count()
         made.report.seconds += time.perf_counter() - started

@@ -162,22 +162,15 @@ class WholeStep:
         for one, params, (optimizer, number) in zip(layout.forms, layout.params, layout.places, strict=True):
             begin(one, optimizer.param_groups[number], params, optimizer.state)
 
-    def fits(self, batch: Any) -> bool:
-        """Whether a step of this batch may be tried."""
-        for index, (optimizer, number) in enumerate(self.layout.places):
-            if self.options[index](optimizer.param_groups[number]) != self.constants[index]:
-                return False
-        if self._check is None:
-            return True
-        with torch.no_grad():
-            return self._check({**self._arguments(batch), **self.closure})
-
     def why_not(self, batch: Any) -> str:
         """What of it does not fit any more, in torch's words; "" if that is not known."""
         for (optimizer, number), one in zip(self.layout.places, self.layout.forms, strict=True):
             for name, value in one.options.items():
                 if (now := optimizer.param_groups[number][name]) != value:
                     return f"the optimizer's {name} was {value}, and is {now}"
+        for name in ("clip_norm", "clip_value"):
+            if (now := getattr(self.layout.spec, name)) != (value := getattr(self.layout, name)):
+                return f"the optimizer's {name} was {value}, and is {now}"
         check: Any = self._check
         try:
             with torch.no_grad():

@@ -4,13 +4,12 @@ import gzip
 import itertools
 import json
 import signal
-import sys
 import warnings
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
+from frames import watched
 from torch import nn
 
 import axontrain as ax
@@ -339,19 +338,8 @@ def test_training_is_bitwise_the_same(tmp_path, options):
 
 
 def test_no_frame_lies_between_fit_and_backward_for_it(tmp_path, monkeypatch):
-    seen, backward, package = [], torch.Tensor.backward, str(Path(ax.__file__).parent)
-
-    def spy(self, *args, **kwargs):
-        frame, names = sys._getframe(1), []
-        while frame is not None:
-            if frame.f_code.co_filename.startswith(package):
-                names.append(frame.f_code.co_name)
-            frame = frame.f_back
-        seen.append(names)
-        return backward(self, *args, **kwargs)
-
     loop = loop_of(ax.Profiler(tmp_path, steps=range(2, 4)), ax.Throughput(peak=None))
-    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    seen = watched(monkeypatch)
     loop.fit(TRAIN, epochs=1, batch_size=8)
     assert seen == [["__call__", "_algorithm", "fit"]] * 5
 

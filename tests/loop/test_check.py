@@ -1,6 +1,5 @@
 """loop.check: what it finds in objectives that are really faulty, and that it changes nothing."""
 
-import copy
 import random
 import re
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from unchanged import everything, same
 
 import axontrain as ax
 
@@ -366,37 +366,6 @@ def test_a_judge_of_its_own_is_checked_with_its_own_metrics():
 
 
 # --- nothing is changed -----------------------------------------------------------------------------------------------
-
-
-def everything(loop):
-    state = loop.save()
-    return {
-        "objective": copy.deepcopy(dict(loop.objective.state_dict())),
-        "gradients": [p.grad if p.grad is None else p.grad.clone() for p in loop.objective.parameters()],
-        "modes": [m.training for m in loop.objective.modules()],
-        "attributes": [sorted(vars(m)) for m in loop.objective.modules()],
-        "identities": [id(p) for p in loop.objective.parameters()],
-        "hooks": [len(m._forward_hooks) for m in loop.objective.modules()],
-        "optimizers": state["optimizers"],
-        "counters": {k: v for k, v in state["counters"].items() if k != "elapsed"},
-        "readings": [state["values"], state["history"], state["meter"]],
-        "run's generators": state["rng"],
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return (a == b).all()
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
 
 
 TRAINABLE = (Good, HiddenTensor, HiddenNumber, HiddenBuffer, HiddenInAPart, HiddenInAList, Kept)
