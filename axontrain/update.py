@@ -148,12 +148,7 @@ class Update:
         gradients = self._gradients(loss)
         if not gradients:
             return self._without_gradients(loss)
-        spec, norm = self.spec, None
-        if spec.clip_norm is None or spec.clip_value is not None:  # clamping would hide an infinity: look before it
-            flag = self._not_finite(gradients, loss)
-        else:
-            norm = _norm(gradients, loss.device)
-            flag = (~torch.isfinite(norm + loss)).to(torch.float32)
+        spec, (flag, norm) = self.spec, self._judged(gradients, loss)
         if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
             raise self._error(loss, terms)
         if spec.clip_norm is not None or spec.clip_value is not None:
@@ -170,6 +165,13 @@ class Update:
         for parameter in self.tensors:
             parameter.grad = None
         return self._finished(loss, terms, flag, skip)
+
+    def _judged(self, gradients: list[Tensor], loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Above 0 if something is not finite; and the norm of the gradients, where that is to be bounded."""
+        if self.spec.clip_norm is None or self.spec.clip_value is not None:  # clamping would hide an infinity: look before it
+            return self._not_finite(gradients, loss), None
+        norm = _norm(gradients, loss.device)
+        return (~torch.isfinite(norm + loss)).to(torch.float32), norm
 
     def ready(self) -> None:
         """Get ready for an update that somebody else does, as a graph of the whole step: set its learning rates."""
@@ -212,7 +214,8 @@ class Update:
     def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor, skip: Tensor) -> Tensor:
         if self._schedulers:
             self._step_schedulers()
-        self._pending.append(Done(self._number(), flag, skip, loss, terms))
+        number = len(self._pending) if self.clock is None else self.clock.step
+        self._pending.append(Done(number + 1, flag, skip, loss, terms))
         self.steps += 1
         self.not_finite = flag
         if self.average is not None:

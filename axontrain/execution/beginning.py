@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from axontrain import randomness
 from axontrain.guard import is_dense
@@ -83,6 +83,32 @@ class Attributes:
                     value.update(before)
         for p, before in self._frozen:
             p.copy_(before)
+
+
+class Before:
+    """All that a step changes, as it was before: where it begins, attributes, parameters, and what optimizers keep."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._beginning, self._attributes = Beginning(Changing(module)), Attributes(module)
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
+        self._parameters = dict(module.named_parameters())
+        self._state: list[tuple[Tensor, Tensor]] = []
+
+    def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Take in what the optimizers keep."""
+        found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
+        self._state = [(value, value.clone()) for value in found if isinstance(value, Tensor)]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Make all of it what it was."""
+        self._beginning.put_back()
+        self._attributes.put_back()
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.named[name])
+        for live, before in self._state:
+            live.copy_(before)
 
 
 def _own(name: str, value: Any, kinds: tuple[type, ...]) -> bool:

@@ -9,9 +9,8 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from axontrain.execution.beginning import Attributes, Beginning, Changing
+from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import reason_of
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.microbatches import out_of_memory
@@ -20,7 +19,7 @@ from axontrain.execution.steps import OneLoss
 from axontrain.execution.twin import Outcome, Twin, differences, of_step, sizes
 from axontrain.execution.whole_step import WholeStep
 from axontrain.guard import has_hooks
-from axontrain.objective import Objective, Step
+from axontrain.objective import Step
 from axontrain.state import LoopState
 
 
@@ -98,7 +97,7 @@ class OneGraph:
             step = self.run(batch)  # whose error it may be
             made.give_up(f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}")
             return step
-        before = _Before(objective)
+        before, norms = Before(objective), sizes(objective)
         change = change if graph is None else "a graph does not fit its batch any more"
         try:
             if graph is not None:
@@ -124,13 +123,13 @@ class OneGraph:
                 self._in_parts(*reason_of(error))
             return self.run(batch)
         found = of_step(step, objective, before.named, update)
-        told = differences(found, expected, nudged, before.sizes, made.precision)
+        told = differences(found, expected, nudged, norms, made.precision)
         # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
         if told and expected.draws:
-            now = _Before(objective)
+            now = Before(objective)
             now.take_state(update.optimizers)
             before.put_back()
-            told = differences(found, *self._twins(batch, functional=True), before.sizes, made.precision)
+            told = differences(found, *self._twins(batch, functional=True), norms, made.precision)
             now.put_back()
         if told:
             before.put_back()
@@ -149,30 +148,3 @@ class OneGraph:
         objective, update, precision = self.run.objective, self.update, self.made.precision
         expected = Twin(objective, update, precision).step(batch, functional=functional)
         return expected, Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
-
-
-class _Before:
-    """All that a step changes, as it was before."""
-
-    def __init__(self, objective: Objective) -> None:
-        self._beginning, self._attributes = Beginning(Changing(objective)), Attributes(objective)
-        named = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-        self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
-        self.sizes = sizes(objective)
-        self._parameters = dict(objective.named_parameters())
-        self._state: list[tuple[Tensor, Tensor]] = []
-
-    def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Take in what the optimizers keep."""
-        found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
-        self._state = [(value, value.clone()) for value in found if isinstance(value, Tensor)]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Make all of it what it was."""
-        self._beginning.put_back()
-        self._attributes.put_back()
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self.named[name])
-        for live, before in self._state:
-            live.copy_(before)
