@@ -321,6 +321,8 @@ def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, 
         for name, module in loop.objective.named_modules()
         if module._compiled_call_impl is not None
     ]
+    if loop.graph:
+        notes.append(f"graph={loop.graph!r}: this is of a step done kernel by kernel; a replay starts all of them at once")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AxonWarning)  # they were given when the loop was made
         like = _Copy(

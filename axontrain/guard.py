@@ -22,6 +22,8 @@ from axontrain.errors import ConfigurationError
 
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
+# Of those, the ones that count no steps: the others do so on the host, unless they are capturable.
+COUNTLESS = ("SGD", "Muon")
 # Attributes of every optimizer, which say nothing of what a step changes.
 TORCHS = (
     "defaults", "param_groups", "state", "step", "found_inf", "grad_scale", "_opt_called", "_step_count",
@@ -82,6 +84,16 @@ class Guard:
             self.counts = True
             if flag.item():
                 _put_numbers(self.optimizer, before)
+
+    def read_by(self) -> str:
+        """Why a step of it is more than what the device does: it reads, or Python counts or looks on; "" if it is not."""
+        name = type(self.optimizer).__name__
+        if has_hooks(self.optimizer):
+            return f"{name} has hooks on its steps"
+        if self.skips:
+            return ""
+        counted = not all(group.get("capturable") for group in self.optimizer.param_groups) and name not in COUNTLESS
+        return f"{name} counts or reads on the host while it steps" if counted or not self.zeros else ""
 
     def _read(self, flag: Tensor) -> None:
         """Read the flag, as torch's GradScaler always does: what the step may change we cannot know, or lies on the host."""

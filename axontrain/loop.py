@@ -29,6 +29,7 @@ from axontrain.errors import CheckpointError, ConfigurationError, kind_of, rejec
 from axontrain.execution import due, modes, passes
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.devices import device_of, moved
+from axontrain.execution.graphing import Graphing
 from axontrain.execution.notes import noted
 from axontrain.execution.precision import Precision
 from axontrain.execution.report import StepReport
@@ -68,6 +69,13 @@ class Loop:
             parts of it, else nothing, with a warning that says why. The first steps are held against eager ones on a copy,
             which takes the memory of a second model for as long. :meth:`report` says what came of it. Evaluation and
             prediction are not compiled.
+        graph: True has steps recorded in CUDA graphs and replayed: their kernels are started together, where Python takes
+            longer to start them one by one than they take, and the result is the same, bit for bit. A step is recorded after
+            the first few of its shapes, held against two that are not, and done as before where something has changed (a
+            shape, an attribute of the objective, an option of the optimizer); what Python does in a step, as to print or to
+            look up a global variable, it does not do in a replay. ``state.last`` has predictions only if there are metrics of
+            training. It takes the memory of the batch, and of what a step computes, once more. "auto" times both ways and
+            keeps the one that takes less. :meth:`report` says what came of it.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 
@@ -93,6 +101,7 @@ class Loop:
         precision: str = "fp32",
         channels_last: bool = False,
         compile: bool = False,
+        graph: bool | str = False,
         progress: bool = True,
         directory: str | Path | None = None,
         **others: Any,
@@ -134,8 +143,12 @@ class Loop:
         if self.directory is not None:
             self.state.directory, self.state.history.path = self.directory, self.directory / "history.jsonl"
         self._compilation = Compilation(self.precision) if compile else None
-        of = {"seed": seed, "precision": self.precision, "strict": strict, "compilation": self._compilation}
-        self._start = Start(self.state, judge, self.metrics, eval_metrics, **of)  # type: ignore[arg-type]  # each its own kind
+        self.graph, self._graphing = graph, Graphing.of(graph)
+        if self._graphing is not None and self._compilation is not None:
+            self._graphing.report = self._compilation.report
+        of: dict[str, Any] = {"seed": seed, "precision": self.precision, "strict": strict}
+        of |= {"compilation": self._compilation, "graphing": self._graphing}
+        self._start = Start(self.state, judge, self.metrics, eval_metrics, **of)
         self._start.attach(self.callbacks)
         self._by_hand: Runner | None = None
         self._next_reading = 0.0
@@ -424,12 +437,15 @@ class Loop:
     def report(self) -> StepReport:
         """How steps are computed: in eager, as one compiled graph, or in compiled parts, and why; what was compiled, and when.
 
+        With ``graph=`` also how many were replayed from CUDA graphs, and why not.
+
         >>> import axontrain as ax
         >>> loop = Loop(ax.Supervised(torch.nn.Linear(1, 1), "mse"), ax.Optimizer("sgd", lr=0.1), progress=False)
         >>> print(loop.report())
         steps are computed in eager (compile=False)
         """
-        return StepReport("eager", "compile=False") if self._compilation is None else self._compilation.report
+        made = self._compilation or self._graphing
+        return StepReport("eager", "compile=False") if made is None else made.report
 
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
@@ -455,6 +471,7 @@ class Loop:
         return f"Loop({type(self.objective).__name__}, {self.optimizers or None}, {self.state!r})"
 
     def _run(self, *fit: Any) -> Run:
+        self._by_hand = None  # a fit gives back what it has recorded
         run = self._start.run(self.callbacks, self.progress, *fit)
         run.again = lambda: self._run(*fit[:-1], True)
         return run

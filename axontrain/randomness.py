@@ -86,6 +86,27 @@ def snapshot() -> Snapshot:
     )
 
 
+def drawn(before: Snapshot, after: Snapshot) -> set[str]:
+    """Which generators two snapshots differ in: "torch", of the CPU, "cuda", "python", "numpy".
+
+    >>> before = snapshot()
+    >>> with kept():
+    ...     value = random.random()
+    ...     drawn(before, snapshot())
+    {'python'}
+    """
+    found = {"python"} if before.python != after.python else set()
+    if not torch.equal(before.torch, after.torch):
+        found.add("torch")
+    if any(not torch.equal(a, b) for a, b in zip(before.cuda or (), after.cuda or (), strict=False)):
+        found.add("cuda")
+    if before.numpy is not None and after.numpy is not None:
+        (_, keys, *rest), (_, others, *others_rest) = before.numpy, after.numpy
+        if rest != others_rest or (keys != others).any():
+            found.add("numpy")
+    return found
+
+
 def put_back(state: Snapshot) -> None:
     """Set the global generators as :func:`snapshot` found them."""
     torch.set_rng_state(state.torch)

@@ -23,6 +23,7 @@ from axontrain.data.stream import DEFAULT_BATCH_SIZE, Stream
 from axontrain.errors import CheckpointError, ConfigurationError, OptimizerError, kind_of, warn
 from axontrain.execution import modes
 from axontrain.execution.compilation import Compilation
+from axontrain.execution.graphing import Graphing
 from axontrain.execution.microbatches import AutoCut, Cut, cut_of, look_at
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import DUE, Run
@@ -48,6 +49,7 @@ class Start:
         precision: in which it computes, and on which device.
         strict: see :class:`axontrain.Loop`.
         compilation: what is compiled of its steps; None leaves them in eager.
+        graphing: what is replayed of them; None does them kernel by kernel.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Start:
         precision: Precision,
         strict: bool,
         compilation: Compilation | None = None,
+        graphing: Graphing | None = None,
     ) -> None:
-        self.compilation = compilation
+        self.compilation, self.graphing = compilation, graphing
         if compilation is not None:
             state.attach("compile", compilation)
         self.state, self.judge = state, judge
@@ -98,6 +101,7 @@ class Start:
             scaler=self.scaler,
             keeps_predictions=bool(self.metrics),
             compilation=self.compilation,
+            graphing=self.graphing,
         )
 
     def run(
@@ -252,7 +256,7 @@ class Start:
         train_step, meter = self.runner(hooks.after_backward, cut), Meter(self.eval_metrics)
         of = (stream, validating, self.judge, self.precision, meter, cadence, hooks, train_step, state.step)
         readers = tuple(one for one in taking_part if isinstance(one, Reader))
-        run = Run(state, plan, *of, savers=savers, readers=readers)
+        run = Run(state, plan, *of, savers=savers, readers=readers, graphing=self.graphing)
         run.pending, state.halt = pending, None
         return run
 

@@ -6,9 +6,11 @@ What skips an update that is not finite is :mod:`axontrain.guard`; when that was
 from __future__ import annotations
 
 import builtins
+import contextlib
+import ctypes
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +86,9 @@ class Update:
         self.veto: Tensor | None = None  # of the step in hand: above 0 if somebody wants it skipped, whatever it is
         self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
         self.scale = 1.0
-        self._unscaled: list[float] = []  # the groups' rates as the schedule has them, where rescale() has changed them
+        self._unscaled: list[float] = []  # the groups' rates as torch's schedulers have them, where those in use are others
+        # On a GPU the rates of a schedule are such as float32 holds: kernels can take them from the device as well, in that.
+        self.single = any(p.is_cuda for p in self.tensors)
         self.steps = 0
         self.skipped = 0
         self.in_a_row = 0
@@ -125,6 +129,11 @@ class Update:
     def lr(self) -> float:
         """The present learning rate of the first group."""
         return float(self.optimizers[0].param_groups[0]["lr"])
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a schedule sets the learning rates."""
+        return self._factor is not None or bool(self._schedulers)
 
     @property
     def sees_progress(self) -> bool:
@@ -172,6 +181,43 @@ class Update:
             return self._not_finite(gradients, loss), None
         norm = _norm(gradients, loss.device)
         return (~torch.isfinite(norm + loss)).to(torch.float32), norm
+
+    def judge(self, loss: Tensor) -> Tensor | None:
+        """What an update does before its optimizers step, without a host read: look at the gradients, and clip them.
+
+        Returns:
+            Above 0 if something is not finite; None if there is no gradient.
+        """
+        loss = loss.reshape(())
+        gradients = self._gradients(loss)
+        if not gradients:
+            return None
+        flag, norm = self._judged(gradients, loss)
+        self._clip(gradients, norm)
+        return flag
+
+    def step(self, flag: Tensor) -> None:
+        """Let the optimizers step, unless ``flag`` is above 0, and drop the gradients."""
+        for guard in self._guards:
+            guard.step(flag)
+        for parameter in self.tensors:
+            parameter.grad = None
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """For the block, take no zeros from those that were made for later steps: what is recorded makes its own, each time."""
+        before, self._zeros = self._zeros, {}
+        try:
+            yield
+        finally:
+            self._zeros = before
+
+    def read_by(self) -> str:
+        """Which of the optimizers may read from the device while it steps, or has Python count or look on; "" if none."""
+        for guard in self._guards:
+            if why := guard.read_by():
+                return why
+        return ""
 
     def ready(self) -> None:
         """Get ready for an update that somebody else does, as a graph of the whole step: set its learning rates."""
@@ -308,11 +354,11 @@ class Update:
         factor = max(factor, minimum / (base * self.scale)) if base * self.scale > 0 else factor
         if factor >= 1:
             return
-        if self._schedulers and self.scale == 1:
+        if self._schedulers and not self._unscaled:
             self._unscaled = [float(group["lr"]) for group in self._groups()]
         self.scale *= factor
         for group in self._groups():
-            _set_rate(group, float(group["lr"]) * factor)
+            _set_rate(group, self._held(float(group["lr"]) * factor))
 
     def set(self, **options: Any) -> None:
         """Change options of the parameter groups from now on, as of a run that was restored and is to go on with others.
@@ -333,7 +379,7 @@ class Update:
             factor = float(options.pop("lr")) / float(groups[0]["initial_lr"])
             for group in groups:
                 group["initial_lr"] = float(group["initial_lr"]) * factor
-                _set_rate(group, float(group["lr"]) * factor)
+                _set_rate(group, self._held(float(group["lr"]) * factor))
             self._unscaled = [rate * factor for rate in self._unscaled]
             for scheduler in self._schedulers:
                 scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
@@ -450,6 +496,10 @@ class Update:
         self.scale, self._unscaled = state["scale"], list(state["unscaled"])
         self.skipped, self.in_a_row, self.bad_losses = state["skipped"], state["in_a_row"], state["bad_losses"]
         self._pending, self._looked_at = [], []
+        if self._unscaled and self.scale == 1 and not self.single:  # of a run on a GPU
+            for group, rate in zip(self._groups(), self._unscaled, strict=True):
+                _set_rate(group, rate)
+            self._unscaled = []
         for guard in self._guards:
             guard.forget()
 
@@ -491,6 +541,10 @@ class Update:
             if not isinstance(scheduler, LRScheduler):
                 raise ConfigurationError(f"schedule={schedule!r} gave {scheduler!r}, which is no torch scheduler")
             self._schedulers.append(scheduler)
+        if self.single:
+            self._unscaled = [float(group["lr"]) for group in self._groups()]
+            for group, rate in zip(self._groups(), self._unscaled, strict=True):
+                _set_rate(group, self._held(rate))
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -503,7 +557,8 @@ class Update:
             raise self._no_rate(f"gave {factor} for the progress {self.clock.progress:g}")
         factor *= self.scale
         for group in self._groups():
-            _set_rate(group, float(group["initial_lr"]) * factor)
+            rate = float(group["initial_lr"]) * factor
+            _set_rate(group, ctypes.c_float(rate).value if self.single else rate)
 
     def _no_rate(self, what: str) -> ConfigurationError:
         return ConfigurationError(
@@ -513,7 +568,8 @@ class Update:
 
     def _step_schedulers(self) -> None:
         # Some of torch's schedulers go on from the present rate, some from the base: each sees the rate that it has set.
-        if self.scale != 1:
+        apart = self.scale != 1 or self.single
+        if apart and self._unscaled:
             for group, rate in zip(self._groups(), self._unscaled, strict=True):
                 _set_rate(group, rate)
         for scheduler in self._schedulers:
@@ -522,10 +578,14 @@ class Update:
                 isinstance(group["lr"], float) and not math.isfinite(group["lr"]) for group in scheduler.optimizer.param_groups
             ):
                 raise self._no_rate(f"({type(scheduler).__name__}) set a learning rate that is not finite")
-        if self.scale != 1:
+        if apart:
             self._unscaled = [float(group["lr"]) for group in self._groups()]
             for group, rate in zip(self._groups(), self._unscaled, strict=True):
-                _set_rate(group, rate * self.scale)
+                _set_rate(group, self._held(rate * self.scale))
+
+    def _held(self, rate: float) -> float:
+        """A rate as it is kept in a group."""
+        return ctypes.c_float(rate).value if self.single and self.scheduled else rate
 
     def _flags(self) -> list[float]:
         return torch.stack([done.not_finite for done in self._pending]).tolist() if self._pending else []

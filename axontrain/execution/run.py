@@ -18,6 +18,7 @@ from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteError, WorkerError
 from axontrain.execution import modes
 from axontrain.execution.blame import note_origin, note_samples
+from axontrain.execution.graphing import Graphing
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.notes import note
 from axontrain.execution.precision import Precision
@@ -64,6 +65,7 @@ class Run:
     terminated: bool = False
     savers: tuple[Saver, ...] = ()
     readers: tuple[Reader, ...] = ()
+    graphing: Graphing | None = None
     again: Callable[[], Run] | None = None  # begins the same fit once more, resumed
     lock: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
@@ -239,6 +241,8 @@ def session(run: Run) -> Iterator[None]:
             state.end_vetoes()  # of a step that was not done
             state.show_averages()
             run.batch = None
+            if run.graphing is not None:  # whoever waits for NCCL to end waits for graphs with its kernels
+                run.graphing.close()
             for stream in (run.train, run.validation):
                 if stream is not None:
                     stream.close()

@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 
 from axontrain.errors import ConfigurationError
+from axontrain.execution import recording
 from axontrain.execution.averaged import Averaged
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.freeing import Freeing
+from axontrain.execution.graphing import Graphing
 from axontrain.execution.microbatches import AutoCut, Cut, OneLossInParts, SeveralLossesInParts
 from axontrain.execution.precision import FP32, Precision, Scaler
 from axontrain.execution.searching import Searching
@@ -27,6 +29,7 @@ def runner(
     scaler: Scaler | None = None,
     keeps_predictions: bool = True,
     compilation: Compilation | None = None,
+    graphing: Graphing | None = None,
 ) -> Runner:
     """Choose how this objective is trained: by one loss or by a generator of several, of whole batches or part by part.
 
@@ -38,10 +41,20 @@ def runner(
         scaler: of losses, if the precision has one.
         keeps_predictions: whether those of microbatches are put together, for metrics; else they take no memory.
         compilation: what was compiled so far, where steps are to be; None leaves them in eager.
+        graphing: what becomes of replays, where steps are to be; None does them kernel by kernel.
     """
     run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
+    replayed = graphing is not None and not (why := _not_replayed(run, state, after_backward))
     if compilation is not None:
-        run = _compiled(run, state, after_backward, compilation)
+        run = _compiled(run, state, after_backward, compilation, replayed=replayed)
+    if graphing is not None:
+        graphing.begin()
+        if not replayed:
+            graphing.give_up(why)
+        else:
+            from axontrain.execution.graphed import Graphed
+
+            run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # of one loss
     if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
         run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():
@@ -50,7 +63,32 @@ def runner(
     return Averaged(run, state) if any(update.average is not None for update in state.optimizers.values()) else run
 
 
-def _compiled(run: Runner, state: LoopState, after_backward: Callable[[LoopState], None] | None, made: Compilation) -> Runner:
+def _not_replayed(run: Runner, state: LoopState, after_backward: Callable[[LoopState], None] | None) -> str:
+    """Why steps cannot be replayed from CUDA graphs, as far as that is known before any was done; "" if they may."""
+    devices = {parameter.device for parameter in state.objective.parameters()}
+    if len(devices) > 1:
+        return f"the parameters are on several devices: {', '.join(sorted(map(str, devices)))}"
+    if not all(map(recording.available, devices)):
+        return f"the parameters are on {next(iter(devices))}, and CUDA graphs are of NVIDIA's GPUs"
+    if isinstance(run, SeveralLosses):
+        return "train_step is a generator of several losses, between which Python runs"
+    if type(run) is not OneLoss:
+        return "microbatches, or losses that are scaled, update once for several backward passes"
+    if after_backward is not None:
+        return "a callback looks at gradients, in after_backward"
+    updates = list(state.optimizers.values())
+    if any(isinstance(update, UpdateInBackward) for update in updates):
+        return "an optimizer updates within backward, from hooks of Python's"
+    if any(update.spec.closure for update in updates):
+        return "the optimizer evaluates the loss by itself, as often as it likes"
+    if len(updates) > 1 and any(update.spec.on_nonfinite == "raise" for update in updates):
+        return "on_nonfinite='raise' looks at the gradients of all optimizers before any of them steps"
+    return ""
+
+
+def _compiled(
+    run: Runner, state: LoopState, after_backward: Callable[[LoopState], None] | None, made: Compilation, *, replayed: bool
+) -> Runner:
     """The same steps compiled: as one graph, or the forward and backward of each part."""
     from axontrain.execution.one_graph import OneGraph
     from axontrain.execution.parts import Parts
@@ -63,6 +101,8 @@ def _compiled(run: Runner, state: LoopState, after_backward: Callable[[LoopState
     why = made.divided
     if type(run) is not OneLoss:
         why = "microbatches, or losses that are scaled, update once for several backward passes"
+    elif replayed:
+        why = "the update and what lies between are replayed with them, from a CUDA graph"
     elif after_backward is not None:
         why = "a callback looks at gradients, in after_backward"
     elif len(state.optimizers) > 1:

@@ -84,9 +84,9 @@ class Twin:
         before = {name: p.detach().clone() for name, p in objective.named_parameters()}
         buffers = {name: (b, b._version, b.detach().clone()) for name, b in objective.named_buffers()}
         with randomness.kept():
-            drawn = randomness.snapshot()
+            before_it = randomness.snapshot()
             step = self._functional(batch) if functional else self._plain(batch)
-            draws = _differ(drawn, randomness.snapshot())
+            draws = not randomness.drawn(before_it, randomness.snapshot()).isdisjoint(("torch", "cuda"))
         trained = [name for name, p in objective.named_parameters() if p.grad is not None]
         outcome = Outcome(_of_step(step), trained, draws=draws)
         for name, now in objective.named_buffers():
@@ -123,14 +123,6 @@ class Twin:
         for name, buffer in buffers.items():
             buffer.copy_(after[name])
         return Step(loss, predictions, targets, weight, values, sample_weights=sample_weights)
-
-
-def _differ(before: randomness.Snapshot, after: randomness.Snapshot) -> bool:
-    """Whether random numbers of torch's were drawn."""
-    return any(
-        not torch.equal(a, b)
-        for a, b in zip((before.torch, *(before.cuda or ())), (after.torch, *(after.cuda or ())), strict=True)
-    )
 
 
 def of_step(step: Step, objective: Objective, before: Mapping[str, Tensor], update: Update | None = None) -> Outcome:

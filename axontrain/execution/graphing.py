@@ -1,0 +1,59 @@
+"""What a Loop has recorded of its steps, and why not: it outlives a fit, and the recordings do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from axontrain.errors import ConfigurationError, warn
+from axontrain.execution.report import StepReport
+
+if TYPE_CHECKING:  # imported when something is recorded
+    from axontrain.execution.step_graph import StepGraph
+
+AUTO = "auto"
+
+
+class Graphing:
+    """How a Loop replays its steps.
+
+    Args:
+        mode: True, or "auto" to do so where it takes less time; False is None of this class.
+    """
+
+    def __init__(self, mode: bool | str) -> None:
+        self.auto = mode == AUTO
+        self.report = StepReport("eager", "compile=False")
+        self.graphs: list[StepGraph] = []
+        self.eager = ""  # why steps are not replayed for the rest of a fit
+        self.chosen: bool | None = None  # whether replays took less time; None until that was tried
+
+    @staticmethod
+    def of(mode: Any) -> Graphing | None:
+        """What ``graph=`` asks for.
+
+        Raises:
+            ConfigurationError: for anything but True, False and "auto".
+        """
+        if mode is False:
+            return None
+        if mode is not True and mode != AUTO:
+            raise ConfigurationError(f"graph={mode!r}: True, False or 'auto', which times both and keeps what takes less")
+        return Graphing(mode)
+
+    def give_up(self, why: str, line: str = "") -> None:
+        """Do steps kernel by kernel from now on; say so, where they were asked to be replayed."""
+        at = f", at {line}" if line else ""
+        if why and not self.auto and self.eager != why:
+            warn(f"graph=True: steps cannot be replayed from a CUDA graph: {why}{at}. They are done kernel by kernel")
+        self.eager, self.report.not_replayed = why, f"{why}{at}"
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory of the recordings back."""
+        while self.graphs:
+            self.graphs.pop().close()
+
+    def begin(self) -> None:
+        """A fit begins: what has kept the last from being recorded may be gone."""
+        self.close()
+        self.eager = ""

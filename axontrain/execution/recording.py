@@ -1,0 +1,138 @@
+"""Recording: the kernels that a function starts on a GPU, recorded once in a CUDA graph, and started again together.
+
+Starting a kernel from Python takes some microseconds, which small ones do not; a graph starts hundreds of them at once
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). They run on the same memory each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+SYNCHRONISES = "called a synchronizing CUDA operation"  # torch's words, in its sync debug mode
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can be recorded there."""
+    return device.type == "cuda"
+
+
+class Recorder:
+    """Records graphs of one device, on a stream of its own; their memory, beside their results, is shared.
+
+    Args:
+        device: a CUDA device.
+        generators: beside the default one, those that are drawn from.
+    """
+
+    def __init__(self, device: torch.device, generators: Iterable[torch.Generator] = ()) -> None:
+        self.device, self.generators = device, [one for one in generators if one.device.type == "cuda"]
+        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        torch.cuda.synchronize(self.device)
+
+    @staticmethod
+    def on_host(drawn: Iterable[str]) -> str:
+        """Which of the generators that were drawn from is of the host, whose numbers a recording would repeat."""
+        return next((name for name in drawn if name != "cuda"), "")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[list[tuple[str, int]]]:
+        """Do the block on the stream that is recorded on later, as torch asks for, after and before all else.
+
+        Gives a list, in which after the block are the places (file, line) that have waited for the device.
+        """
+        current, waits = torch.cuda.current_stream(self.device), list[tuple[str, int]]()
+        mode = torch.cuda.get_sync_debug_mode()
+        self.stream.wait_stream(current)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode(max(mode, 1))
+            try:
+                with torch.cuda.stream(self.stream):
+                    yield waits
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        current.wait_stream(self.stream)
+        for one in told:
+            if SYNCHRONISES in str(one.message):
+                waits.append((one.filename, one.lineno))
+            elif "Synchronization debug mode" not in str(one.message):  # which says that it is a prototype
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+    def record(self, function: Callable[[], Any]) -> tuple[Recording, Any]:
+        """Call a function, whose kernels are recorded and do not run; returns the recording and what the function gave.
+
+        Raises:
+            Exception: what the function raised, or torch, of something that cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        collecting = gc.isenabled()
+        gc.disable()  # what it would free meanwhile may be of another graph, or wait for the device
+        try:
+            # Other threads, as those that save or pin memory, go on with what is not allowed while something is recorded.
+            with (
+                _redirected(),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                given = function()
+        except BaseException:
+            graph.reset()
+            self._recover()
+            raise
+        finally:
+            if collecting:
+                gc.enable()
+        return Recording(graph), given
+
+    def _recover(self) -> None:
+        """After a recording that failed: without this torch's generator takes itself for recorded for good."""
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(self.device)
+        with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is empty
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                torch.zeros((), device=self.device)
+            graph.reset()
+
+
+class Recording:
+    """Kernels that were recorded."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self.replay: Callable[[], None] = graph.replay  # in the present stream
+
+    def close(self) -> None:
+        """Give its memory back: before a process group ends, as NCCL waits for graphs with its kernels."""
+        self._graph.reset()
+        self.replay = _closed
+
+
+def _closed() -> None:
+    raise RuntimeError("this recording was closed")
+
+
+@contextlib.contextmanager
+def _redirected() -> Iterator[None]:
+    """Where something holds on to the node that adds up a parameter's gradient, it keeps the stream that it was made on."""
+    override = getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)  # of torch 2.13
+    if override is None:
+        yield
+        return
+    override(True)
+    try:
+        yield
+    finally:
+        override(False)

@@ -1,0 +1,734 @@
+"""graph=: steps recorded once and replayed are, bit for bit, what they would have been; where not, they are not replayed.
+
+They are recorded by a stand-in that does on the CPU what CUDA graphs do (tests/recorded.py); the same on a GPU is in
+tests/test_gpu_graph.py.
+"""
+
+import gc
+import random
+import re
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from recorded import Recording, living, recorder  # noqa: F401  # a fixture
+from torch import nn
+
+import axontrain as ax
+from axontrain.execution import trial
+from axontrain.execution.graphed import Graphed
+
+pytestmark = pytest.mark.usefixtures("recorder")
+
+X = torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long() + (X[:, 1] > 0).long()
+DATA = ax.ArrayDataset(X, Y)
+
+
+class Net(ax.Objective):
+    """With all that a step changes: dropout, BatchNorm's buffers, and a large buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        self.register_buffer("moving", torch.zeros(80, 80))
+        self.scale = 1.0
+
+    def predict(self, x):
+        if self.training:
+            self.moving.mul_(0.9).add_(x.detach().mean())
+        return self.net(x) * self.scale
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+class Plain(ax.Objective):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 3)
+
+    def predict(self, x):
+        return self.net(x)
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def made(graph, optimizer=None, objective=None, **options):
+    torch.manual_seed(0)
+    optimizer = optimizer or ax.Optimizer("adamw", lr=1e-2)
+    return ax.Loop((objective or Net)(), optimizer, graph=graph, device="cpu", progress=False, **options)
+
+
+def fitted(graph, *made_of, data=DATA, epochs=8, batch_size=16, fit=(), **options):
+    loop = made(graph, *made_of, **options)
+    loop.fit(data, *fit, epochs=epochs, batch_size=batch_size)
+    return loop
+
+
+def states(loop):
+    tree = loop.save()
+    return tree["objective"], tree["optimizers"], tree["rng"], tree["values"], tree["history"], loop.state.step
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key not in ("seconds", "elapsed", "time"))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: ax.Optimizer("sgd", lr=0.1),
+    "sgd, momentum, one cycle": lambda: ax.Optimizer(
+        "sgd", lr=0.1, momentum=0.9, nesterov=True, schedule=ax.schedules.one_cycle(), clip_norm=1.0
+    ),
+    "adamw, cosine, groups": lambda: ax.Optimizer(
+        "adamw", lr=1e-2, no_decay=True, groups={"net.4.*": {"lr": 1e-3}}, schedule=ax.schedules.cosine(warmup="5%")
+    ),
+    "adam, torch's StepLR": lambda: ax.Optimizer(
+        "adam", lr=1e-2, clip_value=0.1, schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 7, 0.5)
+    ),
+    "torch's OneCycleLR, which moves betas": lambda: ax.Optimizer(
+        "adam", lr=1e-2, schedule=lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=48)
+    ),
+    "rmsprop, which counts on the host": lambda: ax.Optimizer("rmsprop", lr=1e-3),
+    "sgd, dampened, so not fused": lambda: ax.Optimizer("sgd", lr=0.1, momentum=0.9, dampening=0.5),
+    "muon and adamw, scheduled": lambda: ax.Optimizer(
+        "muon",
+        lr=1e-2,
+        groups={lambda name, p: p.ndim != 2: {"optimizer": "adamw", "lr": 1e-3}},
+        schedule=ax.schedules.linear(),
+    ),
+    "ema": lambda: ax.Optimizer("adamw", lr=1e-2, average="ema"),
+}
+AFTER = ("rmsprop", "sgd, dampened", "muon", "torch's OneCycleLR")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replayed_steps_are_bitwise_those_without(name):
+    plain, replayed = (fitted(graph, OPTIMIZERS[name](), metrics=["accuracy"], fit=(DATA,)) for graph in (False, True))
+    report = replayed.report()
+    if name == "torch's OneCycleLR, which moves betas":
+        assert "betas" in report.update
+        assert report.replayed == 48 - 3 - 4 - 2
+    else:
+        assert (report.recorded, report.held, report.replayed, report.not_replayed) == (1, 2, 43, "")
+    assert bool(report.update) == name.startswith(AFTER)
+    assert same(states(plain), states(replayed))
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_are_bitwise_those_without():
+    plain, replayed = (fitted(graph, OPTIMIZERS["adamw, cosine, groups"](), epochs=170) for graph in (False, True))
+    assert replayed.report().replayed == 1020 - 5
+    assert same(states(plain), states(replayed))
+
+
+def test_two_optimizers_of_one_loss():
+    class Two(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def predict(self, x):
+            return self.head(self.body(x).relu())
+
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits, labels)
+
+    def optimizers():
+        return {"body": ax.Optimizer("adamw", lr=1e-2), "head": ax.Optimizer("rmsprop", lr=1e-3)}
+
+    loops = []
+    for graph in (False, True):
+        loops.append(fitted(graph, optimizers(), Two))
+    assert loops[1].report().replayed > 0
+    assert same(states(loops[0]), states(loops[1]))
+
+
+@pytest.mark.parametrize("on_gpus", ["adamw", "rmsprop"])
+def test_steps_that_are_not_finite_are_skipped_in_a_replay_too(on_gpus):
+    x = X.clone()
+    x[40] = float("nan")
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer(on_gpus, lr=1e-3), metrics=["accuracy"])
+        loop.callbacks.append(ax.callback.FunctionCallback("after_batch", lambda state: None, every=1))
+        with pytest.warns(ax.NonFiniteWarning, match=r"updates of the optimizer 'main' were skipped|1 update"):
+            loop.fit(ax.Loader(ax.ArrayDataset(x, Y), 16), epochs=6)
+        loops.append(loop)
+    assert loops[1].report().replayed > 20
+    assert loops[1].state.optimizers["main"].skipped == 6
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_eager_steps_between_replays_put_back_the_buffers_of_now():
+    # A large buffer is copied before a step where its version says that it was changed, of which a replay says nothing.
+    x = X.clone()
+    x[90] = float("nan")  # in the last batch of a pass, which is of another size
+    loops = []
+    for graph in (False, True):
+        with pytest.warns(ax.NonFiniteWarning):
+            loops.append(fitted(graph, data=ax.Loader(ax.ArrayDataset(x[:91], Y[:91]), 16), batch_size=32, epochs=3))
+    assert loops[1].report().replayed > 5
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_raising_on_what_is_not_finite():
+    x = X.clone()
+    x[80] = float("inf")
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("adamw", lr=1e-2, on_nonfinite="raise"))
+        with pytest.raises(ax.NonFiniteError, match="step 9"):
+            loop.fit([(x[i : i + 8], Y[i : i + 8]) for i in range(16, 96, 8)], epochs=1)
+        loops.append(loop)
+    assert loops[1].report().replayed > 0
+    assert same(states(loops[0]), states(loops[1]))
+    assert not living
+
+
+def changing(hook, change):
+    """A run in which a hook changes something every 12 steps; both ways."""
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("adamw", lr=1e-2, clip_norm=1.0))
+
+        @loop.on(hook)
+        def _(state):
+            if state.step % 12 == 10:
+                change(state)
+
+        loop.fit(DATA, epochs=8, batch_size=16)
+        loops.append(loop)
+    assert same(states(loops[0]), states(loops[1]))
+    return loops[1].report()
+
+
+def scaled(state):
+    state.objective.scale *= 0.9
+
+
+def less_dropout(state):
+    state.objective.net[3].p *= 0.5
+
+
+def other_decay(state):
+    state.optimizers["main"].set(weight_decay=0.01 * state.step)
+
+
+def lower_rate(state):
+    state.optimizers["main"].rescale(0.5)
+
+
+def tighter(state):
+    state.optimizers["main"].spec.clip_norm *= 0.5
+
+
+def frozen(state):
+    for p in state.objective.net[0].parameters():
+        p.requires_grad_(not p.requires_grad)
+
+
+def moved(state):
+    for p in state.objective.parameters():
+        p.data = p.data.clone()
+
+
+def replaced(state):
+    state.objective.moving = torch.ones(80, 80)
+
+
+def hooked(state):
+    factor = 1 + 0.1 * state.step
+    state.objective.net[0].register_forward_hook(lambda module, args, out: out * factor)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (scaled, "scale of Net was"),
+        (less_dropout, r"p of net\.3 \(Dropout\) was"),
+        (other_decay, "the optimizer's weight_decay was"),
+        (lower_rate, "the optimizer's lr was"),
+        (tighter, "the optimizer's clip_norm was"),
+        (frozen, "a parameter or buffer lies elsewhere, or is trained or frozen otherwise"),
+        (moved, "a parameter or buffer lies elsewhere"),
+        (replaced, "a parameter or buffer lies elsewhere"),
+        (hooked, r"the hooks of net\.0 \(Linear\) are others"),
+    ],
+)
+def test_what_changes_between_steps_is_seen(change, told):
+    report = changing("before_batch", change)
+    assert report.recorded == 5
+    assert report.replayed > 15
+    assert len(report.rerecorded) == 4
+    for line in report.rerecorded:
+        assert re.search(told, line), line
+
+
+def test_attributes_of_plain_objects_in_a_module_count_too():
+    class Configured(Net):
+        def __init__(self):
+            super().__init__()
+            self.config, self._weights = SimpleNamespace(temperature=1.0), [1.0, 2.0]
+
+        def predict(self, x):
+            return super().predict(x) * self.config.temperature * self._weights[1]
+
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, objective=Configured)
+
+        @loop.on("after_epoch", every="3 epochs")
+        def _(state):
+            state.objective.config.temperature += 0.5
+            state.objective._weights[1] -= 0.25
+
+        loop.fit(DATA, epochs=8, batch_size=16)
+        loops.append(loop)
+    assert loops[1].report().recorded == 3
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_what_changes_in_each_step_is_not_replayed():
+    report = changing("before_batch", lambda state: None)
+    assert not report.not_replayed
+    loops = []
+    for graph in ("auto", False):
+        loop = made(graph)
+
+        @loop.on("before_batch")
+        def _(state):
+            state.objective.scale = 1 + 0.01 * state.step
+
+        loop.fit(DATA, epochs=4, batch_size=16)
+        loops.append(loop)
+    assert loops[0].report().not_replayed.startswith("what was recorded holds for no time: scale of Net was")
+    assert same(states(loops[0]), states(loops[1]))
+
+
+CALLS = [0]
+
+
+class Reads(Net):
+    def loss(self, logits, labels):
+        loss = super().loss(logits, labels)
+        return loss * (1 + 0 * loss.item())
+
+
+class Counts(Net):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def predict(self, x):
+        self.calls += self.training
+        return super().predict(x) * (1 + 0.01 * self.calls)
+
+
+class CountsApart(Net):
+    def __init__(self):
+        super().__init__()
+        self._calls = 0
+
+    def predict(self, x):
+        self._calls += self.training
+        return super().predict(x) * (1 + 0.01 * self._calls)
+
+
+class Rebinds(Net):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(())
+
+    def predict(self, x):
+        if self.training:
+            self.mean = self.mean * 0.9 + x.mean()
+        return super().predict(x) + self.mean
+
+
+class DrawsOnTheHost(Net):
+    def predict(self, x):
+        return super().predict(x) * (1 + random.random())
+
+
+class DrawsWithNumpy(Net):
+    def predict(self, x):
+        return super().predict(x) * (1 + np.random.rand())
+
+
+class CountsGlobally(Net):
+    def predict(self, x):
+        CALLS[0] += self.training
+        return super().predict(x) * (1 + 0.01 * CALLS[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (Reads, r"a step waits for the device.*test_graph.py:\d+: return loss \* \(1 \+ 0 \* loss.item\(\)\)"),
+        (Counts, r"Python changes something in each step.*calls of Counts was \d+, and is \d+"),
+        (CountsApart, r"_calls of CountsApart was"),
+        (Rebinds, r"mean of Rebinds was given another tensor"),
+        (DrawsOnTheHost, "random numbers on the host, from python"),
+        (DrawsWithNumpy, "random numbers on the host, from numpy"),
+    ],
+)
+def test_what_cannot_be_replayed_is_done_as_before_and_said(kind, told):
+    plain = fitted(False, objective=kind)
+    with pytest.warns(ax.AxonWarning, match=r"(?s)graph=True: steps cannot be replayed from a CUDA graph: .*" + told) as given:
+        replayed = fitted(True, objective=kind)
+    assert len(given) == 1
+    assert replayed.report().replayed == 0
+    assert "steps are not replayed" in str(replayed.report())
+    assert vars(plain.objective).get("calls") == vars(replayed.objective).get("calls")
+    assert vars(plain.objective).get("_calls") == vars(replayed.objective).get("_calls")
+    assert same(states(plain), states(replayed))
+    assert not living
+
+
+def test_numbers_from_elsewhere_are_seen_in_the_kernels():
+    with pytest.warns(ax.AxonWarning, match=r"two steps call for other kernels.*aten.mul was given 1.\d+, and then 1.\d+"):
+        loop = fitted(True, objective=CountsGlobally)
+    assert loop.report().replayed == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "fit", "told"),
+    [
+        ({"callbacks": [ax.callback.FunctionCallback("after_backward", lambda state: None)]}, {}, "after_backward"),
+        ({"objective": Plain}, {"microbatch": 4}, "microbatches"),
+        ({"optimizer": ax.Optimizer("lbfgs", lr=0.1)}, {}, "evaluates the loss by itself"),
+        ({"optimizer": ax.Optimizer("sgd", lr=0.1, in_backward=True)}, {}, "within backward"),
+    ],
+)
+def test_what_is_known_to_be_in_the_way_is_said_at_once(options, fit, told):
+    loop = made(True, **options)
+    with pytest.warns(ax.AxonWarning, match=told):
+        loop.fit(DATA, steps=6, batch_size=16, **fit)
+    quiet = made("auto", **options)
+    quiet.fit(DATA, steps=6, batch_size=16, **fit)
+    assert told in quiet.report().not_replayed
+
+
+def test_a_generator_of_losses():
+    class Generator(Net):
+        def train_step(self, batch):
+            x, y = batch
+            yield "main", self.loss(self.predict(x), y)
+
+    with pytest.warns(ax.AxonWarning, match="generator of several losses"):
+        made(True, objective=Generator).fit(DATA, steps=6, batch_size=16)
+
+
+def test_without_a_gpu_it_trains_and_says_so(monkeypatch):
+    monkeypatch.undo()
+    with pytest.warns(ax.AxonWarning, match="the parameters are on cpu, and CUDA graphs are of NVIDIA's GPUs"):
+        loop = fitted(True, epochs=1)
+    assert loop.state.step == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "are on cpu" in fitted("auto", epochs=1).report().not_replayed
+
+
+@pytest.mark.parametrize("mode", [1, "on", None, "always"])
+def test_other_words(mode):
+    with pytest.raises(ax.ConfigurationError, match=r"graph=.*True, False or 'auto'"):
+        made(mode)
+
+
+def test_batches_of_several_shapes_have_recordings_of_their_own():
+    x, y = X[:90], Y[:90]  # 5 of 16 and one of 10
+    plain, replayed = (fitted(graph, data=ax.ArrayDataset(x, y), epochs=9) for graph in (False, True))
+    report = replayed.report()
+    assert (report.recorded, report.held, report.rerecorded) == (2, 4, [])
+    assert report.replayed == 54 - 2 * (3 + 2)
+    assert same(states(plain), states(replayed))
+
+
+def test_sizes_without_end_are_not_recorded_without_end():
+    batches = [(X[:n], Y[:n]) for n in list(range(2, 34)) * 5]
+    plain, replayed = (fitted(graph, data=batches, epochs=1, batch_size=32) for graph in (False, True))
+    assert replayed.report().recorded == 8
+    assert same(states(plain), states(replayed))
+
+
+def test_what_a_batch_holds_beside_tensors_counts():
+    class Named(Net):
+        def split(self, batch):
+            return (batch["x"], batch["how"]), batch["y"]
+
+        def predict(self, given):
+            x, how = given
+            return super().predict(x) * (2 if how == "double" else 1)
+
+    batches = [{"x": X[:16], "y": Y[:16], "how": "double" if n % 4 == 0 else "once"} for n in range(40)]
+    plain, replayed = (fitted(graph, objective=Named, data=batches, epochs=1, batch_size=32) for graph in (False, True))
+    assert replayed.report().recorded == 2
+    assert replayed.report().replayed == 30
+    assert same(states(plain), states(replayed))
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (lambda: (X[:16], Y[:16], object()), "the batch holds object"),
+        (lambda: (X[:1].expand(16, 8), Y[:16]), "expanded"),
+        (lambda: (X[:16].clone().requires_grad_(), Y[:16]), "requires a gradient"),
+    ],
+)
+def test_batches_that_cannot_be_copied_into_place(batch, told):
+    class First(Net):
+        def split(self, batch):
+            return batch[0], batch[1]
+
+    with pytest.warns(ax.AxonWarning, match=told):
+        fitted(True, objective=First, data=[batch() for _ in range(5)], epochs=1, batch_size=32)
+
+
+def test_what_steps_give_is_their_own():
+    kept = {}
+    for graph in (False, True):
+        loop = made(graph, metrics=["accuracy"])
+        kept[graph] = list(loop.steps(DATA, epochs=4, batch_size=16))
+    assert loop.report().replayed == 19
+    for a, b in zip(kept[False], kept[True], strict=True):
+        for name in ("loss", "predictions", "targets", "skipped", "weight"):
+            assert same(getattr(a, name), getattr(b, name)), name
+    assert len({float(step.loss) for step in kept[True]}) == len(kept[True])
+
+
+def test_predictions_are_given_where_there_are_metrics():
+    bare = made(True)
+    steps = list(bare.steps(DATA, epochs=2, batch_size=16))
+    assert steps[2].predictions is not None
+    assert steps[-1].predictions is None
+
+
+def test_named_terms_and_weights_of_tokens():
+    class Tokens(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(8, 3)
+
+        def predict(self, x):
+            return self.net(x)
+
+        def loss(self, logits, labels):
+            return {"fit": F.cross_entropy(logits, labels), "norm": 1e-3 * self.net.weight.square().sum()}
+
+        def weight(self, batch):
+            return (batch[1] > 0).sum()
+
+    plain, replayed = (fitted(graph, objective=Tokens) for graph in (False, True))
+    assert replayed.report().replayed > 0
+    assert set(replayed.state.values) >= {"train/loss", "train/fit", "train/norm"}
+    assert same(plain.state.values, replayed.state.values)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_goes_on_from_a_checkpoint_either_way(tmp_path, first):
+    whole = fitted(False, OPTIMIZERS["adamw, cosine, groups"]())
+    half = made(first, OPTIMIZERS["adamw, cosine, groups"](), directory=tmp_path)
+
+    @half.on("after_batch")
+    def _(state):
+        if state.step == 27:
+            half.save(tmp_path / "half")
+            return ax.Stop("enough")
+
+    half.fit(DATA, epochs=8, batch_size=16)
+    other = made(not first, OPTIMIZERS["adamw, cosine, groups"]())
+    other.restore(tmp_path / "half")
+    other.state.halt = None
+    other.fit(DATA, epochs=8, batch_size=16, resume=True)
+    assert (half if first else other).report().replayed > 0
+    assert same(states(whole)[:3], states(other)[:3])
+
+
+def test_a_second_fit_and_steps_by_hand_record_anew():
+    results = []
+    for graph in (False, True):
+        loop = made(graph)
+        loop.fit(DATA, epochs=2, batch_size=16)
+        for _ in range(8):
+            loop.train_on_batch((X[:16], Y[:16]))
+        if graph:
+            assert len(living) == 1  # of the steps by hand, until the next fit
+        loop.fit(DATA, epochs=2, batch_size=16)
+        for _ in range(6):
+            loop.train_on_batch((X[:16], Y[:16]))
+        results.append(loop)
+    assert results[1].report().recorded == 4
+    assert results[1].report().replayed == 7 + 3 + 7 + 1
+    assert same(states(results[0]), states(results[1]))
+
+
+def test_recordings_are_given_back_when_a_fit_ends_or_fails():
+    loop = made(True)
+
+    @loop.on("after_batch")
+    def _(state):
+        if state.step == 20:
+            assert living
+            raise RuntimeError("a hook's own")
+
+    with pytest.raises(RuntimeError, match="a hook's own"):
+        loop.fit(DATA, epochs=8, batch_size=16)
+    assert not living
+    left = made(True)
+    for _ in left.steps(DATA, epochs=3, batch_size=16):
+        if left.state.step == 12:
+            break
+    left = None
+    gc.collect()
+    assert not living
+
+
+def test_a_step_that_is_vetoed_is_not_replayed():
+    loops = []
+    for graph in (False, True):
+        loop = made(graph)
+
+        @loop.on("before_batch")
+        def _(state):
+            if state.step in (10, 11, 20):
+                state.skip(torch.ones(()))
+
+        loop.fit(DATA, epochs=5, batch_size=16)
+        loops.append(loop)
+    assert loops[1].report().replayed == 30 - 5 - 3
+    assert loops[1].state.optimizers["main"].skipped == 3
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_gradients_that_were_left_are_added_to_as_without():
+    loops = []
+    for graph in (False, True):
+        loop = made(graph)
+
+        @loop.on("before_batch")
+        def _(state):
+            if state.step == 15:
+                for p in state.objective.parameters():
+                    p.grad = torch.ones_like(p)
+
+        loop.fit(DATA, epochs=4, batch_size=16)
+        loops.append(loop)
+    assert loops[1].report().replayed == 24 - 5 - 1
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_own_generators_draw_the_same():
+    class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(3)
+
+        def predict(self, x):
+            return super().predict(x + 0.1 * torch.randn(x.shape, generator=self.generator))
+
+    plain, replayed = (fitted(graph, objective=Noisy) for graph in (False, True))
+    assert replayed.report().replayed == 43
+    assert same(states(plain), states(replayed))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true", "fp64"])
+def test_precisions(precision):
+    plain, replayed = (fitted(graph, precision=precision, metrics=["accuracy"]) for graph in (False, True))
+    assert replayed.report().replayed == 43
+    assert same(states(plain), states(replayed))
+
+
+def test_losses_that_are_scaled_are_not_replayed():
+    with pytest.warns(ax.AxonWarning, match="losses that are scaled"):
+        fitted(True, precision="fp16", epochs=1)
+
+
+def timed(monkeypatch, eager, replayed):
+    """Has steps take so many seconds each, by a clock of their own."""
+    now = [1.0]
+    monkeypatch.setattr(trial, "perf_counter", lambda: now[0])
+    kernels, replay = Graphed._kernels, Recording.replay
+
+    def slower(self, batch):
+        now[0] += eager
+        return kernels(self, batch)
+
+    def quicker(self):
+        now[0] += replayed
+        return replay(self)
+
+    monkeypatch.setattr(Graphed, "_kernels", slower)
+    monkeypatch.setattr(Recording, "replay", quicker)
+
+
+@pytest.mark.parametrize(("eager", "replayed", "chosen"), [(3.0, 1.0, True), (1.0, 1.02, False), (1.0, 1.0, True)])
+def test_auto_keeps_what_takes_less_time(monkeypatch, eager, replayed, chosen):
+    timed(monkeypatch, eager, replayed)
+    plain, auto = (fitted(graph, epochs=25) for graph in (False, "auto"))
+    report = auto.report()
+    in_turns = trial.BLOCK * trial.ROUNDS
+    if chosen:
+        assert report.replayed == 150 - 5 - in_turns
+        assert report.ratio == pytest.approx(replayed / eager)
+    else:
+        assert report.replayed == in_turns
+        assert report.not_replayed == "that takes 1.02 times as long"
+    assert same(states(plain), states(auto))
+    assert not living
+
+
+def test_auto_tries_once(monkeypatch):
+    timed(monkeypatch, 3.0, 1.0)
+    auto = fitted("auto", epochs=25)
+    before = auto.report().replayed
+    auto.fit(DATA, epochs=10, batch_size=16)
+    assert auto.report().replayed == before + 60 - 5
+
+
+def test_a_mode_that_looks_on_has_steps_done_without():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Seen.count += 1
+            return func(*args, **(kwargs or {}))
+
+    loop = made(True)
+    for _ in range(10):
+        loop.train_on_batch((X[:16], Y[:16]))
+    replayed = loop.report().replayed
+    assert replayed == 5
+    with Seen():
+        loop.train_on_batch((X[:16], Y[:16]))
+    assert Seen.count > 20
+    assert loop.report().replayed == replayed
+
+
+@pytest.mark.slow
+def test_compiled_parts_are_replayed():
+    plain, replayed = (fitted(graph, compile=True) for graph in (False, True))
+    report = replayed.report()
+    assert report.how == "in parts"
+    assert "from a CUDA graph" in report.reason
+    assert report.replayed > 0
+    assert "steps are replayed" in str(report)
+    for (name, a), b in zip(plain.objective.state_dict().items(), replayed.objective.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_audit_says_that_it_is_of_steps_that_are_not_replayed():
+    found = ax.audit(made(True), (X[:16], Y[:16]))
+    assert any("graph=" in note for note in found.notes)

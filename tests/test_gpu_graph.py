@@ -1,0 +1,224 @@
+"""graph= on a GPU: what is replayed from CUDA graphs is bitwise what it is without. What a CPU can show: loop/test_graph.py."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import axontrain as ax
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)"),
+]
+
+
+class Digits(ax.Objective):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8 * 36, 10)
+        )
+
+    def predict(self, images):
+        return self.net(images.view(-1, 1, 8, 8))
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: ax.Optimizer("sgd", lr=0.1, momentum=0.9, nesterov=True, schedule=ax.schedules.one_cycle()),
+    "adam": lambda: ax.Optimizer("adam", lr=1e-3, clip_norm=1.0),
+    "adamw": lambda: ax.Optimizer("adamw", lr=3e-3, no_decay=True, clip_norm=1.0, schedule=ax.schedules.cosine(warmup="5%")),
+    "a torch scheduler": lambda: ax.Optimizer(
+        "adamw", lr=3e-3, schedule=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.999)
+    ),
+    "rmsprop": lambda: ax.Optimizer("rmsprop", lr=1e-3),
+    "muon": lambda: ax.Optimizer(
+        "muon", lr=1e-2, groups={lambda n, p: p.ndim != 2: {"optimizer": "adamw", "lr": 1e-3}}, schedule=ax.schedules.linear()
+    ),
+    "ema": lambda: ax.Optimizer("adamw", lr=1e-2, average="ema"),
+}
+
+
+def fitted(graph, optimizer, objective=Digits, data=None, steps=1000, **options):
+    torch.manual_seed(0)
+    loop = ax.Loop(objective(), optimizer, graph=graph, progress=False, **options)
+    train, test = (part.to("cuda") for part in ax.data.digits())
+    loop.fit(train if data is None else data, test, steps=steps, batch_size=64)
+    return loop
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)
+
+
+def states(loop):
+    tree = loop.save()
+    return tree["objective"], tree["optimizers"], tree["rng"], tree["values"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_thousand_steps_are_bitwise_those_without(name):
+    plain, replayed = (fitted(graph, OPTIMIZERS[name](), metrics=["accuracy"]) for graph in (False, True))
+    report = replayed.report()
+    assert report.not_replayed == ""
+    assert report.recorded == 2  # the last batch of an epoch is smaller
+    assert report.replayed == 1000 - 10
+    assert bool(report.update) == (name == "muon")
+    assert same(states(plain), states(replayed))
+    assert plain.state.values["val/accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "bf16-true"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_precisions_and_layouts(precision, channels_last):
+    loops = [
+        fitted(graph, OPTIMIZERS["adamw"](), steps=200, precision=precision, channels_last=channels_last)
+        for graph in (False, True)
+    ]
+    assert loops[1].report().replayed > 150
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_steps_that_are_not_finite_and_rates_that_change():
+    loops = []
+    train = ax.data.digits()[0].to("cuda")
+    images, labels = train[:][0].clone(), train[:][1]
+    images[100] = float("nan")
+    for graph in (False, True):
+        torch.manual_seed(0)
+        loop = ax.Loop(Digits(), OPTIMIZERS["adam"](), graph=graph, progress=False)
+
+        @loop.on("after_epoch", every="3 epochs")
+        def _(state):
+            state.optimizers["main"].rescale(0.5)
+
+        with pytest.warns(ax.NonFiniteWarning):
+            loop.fit(ax.Loader(ax.ArrayDataset(images, labels), 64), epochs=10)
+        loops.append(loop)
+    assert loops[1].state.optimizers["main"].skipped == 10
+    assert loops[1].report().recorded > 3
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_data_from_the_host():
+    loops = [fitted(graph, OPTIMIZERS["adamw"](), data=ax.data.digits()[0], steps=300) for graph in (False, True)]
+    assert loops[1].report().replayed > 250
+    assert same(states(loops[0]), states(loops[1]))
+
+
+class Reads(Digits):
+    def loss(self, logits, labels):
+        loss = super().loss(logits, labels)
+        return loss * (1 + 0 * loss.item())
+
+
+class Sizes(Digits):
+    def loss(self, logits, labels):
+        return super().loss(logits[labels > 0], labels[labels > 0])
+
+
+class Uploads(Digits):
+    def predict(self, images):
+        return super().predict(images) + torch.tensor([1.0] * 10, device=images.device)
+
+
+@pytest.mark.parametrize("kind", [Reads, Sizes, Uploads])
+def test_what_waits_for_the_device_is_done_as_before_and_the_line_is_told(kind):
+    with pytest.warns(ax.AxonWarning, match=r"a step waits for the device.*test_gpu_graph\.py:\d+"):
+        loop = fitted(True, OPTIMIZERS["adam"](), kind, steps=60)
+    assert loop.report().replayed == 0
+    torch.rand(4, device="cuda")  # the generator is not left in the middle of a recording
+
+
+def test_a_recording_that_fails_leaves_everything_usable(monkeypatch):
+    from axontrain.execution import graphed
+
+    monkeypatch.setattr(graphed.Graphed, "_try", lambda self, graph: None)  # so that nothing is found before
+    with pytest.warns(ax.AxonWarning, match=r"cannot be replayed from a CUDA graph.*test_gpu_graph\.py:\d+: return loss"):
+        failed = fitted(True, OPTIMIZERS["adamw"](), Reads, steps=100)
+    plain = fitted(False, OPTIMIZERS["adamw"](), Reads, steps=100)
+    assert same(states(plain), states(failed))
+    after = fitted(True, OPTIMIZERS["adamw"](), steps=100)
+    assert after.report().replayed > 50
+    assert same(states(fitted(False, OPTIMIZERS["adamw"](), steps=100)), states(after))
+
+
+def test_memory_is_given_back():
+    torch.cuda.empty_cache()
+    fitted(False, OPTIMIZERS["adam"](), steps=50)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        fitted(True, OPTIMIZERS["adam"](), steps=50)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**23
+
+
+def test_auto_keeps_one_of_both():
+    auto = fitted("auto", OPTIMIZERS["adamw"](), steps=600)
+    plain = fitted(False, OPTIMIZERS["adamw"](), steps=600)
+    report = auto.report()
+    assert bool(report.ratio) != bool(report.not_replayed)
+    assert same(states(plain), states(auto))
+
+
+def test_compiled_parts_are_replayed():
+    torch.use_deterministic_algorithms(False)
+    loop = fitted(True, OPTIMIZERS["adamw"](), steps=300, compile=True)
+    assert loop.report().how == "in parts"
+    assert loop.report().replayed > 200, loop.report()
+    assert loop.evaluate(ax.data.digits()[1])["loss"] < 0.3
+
+
+def test_a_process_group_of_nccl_ends_after_replays(tmp_path):
+    script = textwrap.dedent("""
+        import torch, torch.distributed as dist
+        import axontrain as ax
+
+        dist.init_process_group("nccl", init_method="file://{path}", rank=0, world_size=1, device_id=torch.device("cuda:0"))
+
+        class Reduced(ax.Supervised):
+            def loss(self, predictions, targets):
+                loss = super().loss(predictions, targets)
+                total = loss.detach().clone()
+                dist.all_reduce(total)
+                return loss + 0 * total
+
+        train = ax.data.digits()[0].to("cuda")
+        objective, optimizer = Reduced(torch.nn.Linear(64, 10), "cross_entropy"), ax.Optimizer("sgd", lr=0.1)
+        loop = ax.Loop(objective, optimizer, graph=True, progress=False)
+        loop.fit(train, epochs=3, batch_size=64)
+        print("replayed", loop.report().replayed, loop.report().not_replayed)
+        for _ in range(8):
+            loop.train_on_batch((torch.rand(64, 64, device="cuda"), torch.zeros(64, dtype=torch.long, device="cuda")))
+        del loop
+        dist.destroy_process_group()
+        print("ended")
+    """).format(path=tmp_path / "rendezvous")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ended" in done.stdout
+    assert int(done.stdout.split("replayed ")[1].split()[0]) > 20, done.stdout
