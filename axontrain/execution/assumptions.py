@@ -24,6 +24,10 @@ PARTS = (
 )  # fmt: skip
 
 
+# What else torch keeps in each, as what is done when states are saved.
+TORCHS = frozenset(vars(nn.Module())) - {"training", *PARTS}
+
+
 class Assumptions:
     """What was given when it was made.
 
@@ -91,7 +95,8 @@ class Assumptions:
 
     def _where(self) -> list[Any]:
         found = [tensor for place in self._places for tensor in place.values() if tensor is not None]
-        found += [tensor for attributes, name, _ in self._kept if isinstance(tensor := attributes.get(name), Tensor)]
+        if self._kept:
+            found += [tensor for attributes, name, _ in self._kept if isinstance(tensor := attributes.get(name), Tensor)]
         places: list[Any] = [(tensor.data_ptr(), tensor.requires_grad) for tensor in found]
         if self._apart:  # what is done on the host is not recorded: of its tensors, how often they were changed
             places += [tensor._version for tensor in found if tensor.device.type == "cpu"]
@@ -110,7 +115,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _names(attributes: dict[str, Any]) -> list[str]:
-    names = [name for name, value in attributes.items() if name in PARTS or is_plain(value)]
+    names = [name for name, value in attributes.items() if name in PARTS or (name not in TORCHS and is_plain(value))]
     return names * 2 if len(names) == 1 else names  # of one alone an itemgetter gives no tuple
 
 

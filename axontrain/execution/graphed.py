@@ -6,6 +6,7 @@ kernel by kernel before it is trusted; and before each replay shapes, attributes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from axontrain.execution.lines import told
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.rates import fixed
-from axontrain.execution.statics import described, unlike
+from axontrain.execution.statics import described, leaves_of, unlike
 from axontrain.execution.step_graph import StepGraph, UnrecordableError
 from axontrain.execution.steps import OneLoss
 from axontrain.execution.tracing import Trace
@@ -67,7 +68,7 @@ class Graphed:
             return self._otherwise(batch)
         return self._counted(*given)
 
-    def _counted(self, step: Step, flags: list[Tensor]) -> Step:
+    def _counted(self, step: Step, flags: Sequence[Tensor]) -> Step:
         self.made.report.replayed += 1
         self.replays += 1
         self.aside = True
@@ -99,7 +100,7 @@ class Graphed:
                 self.graph = graph
                 return self._counted(*given)
         for graph in made.graphs:
-            if graph.left and graph.inputs.fits(batch):
+            if graph.left and graph.inputs.fitting(batch) is not None:
                 return self._compared(graph, batch)
         if self._often(batch):
             return self._recorded(batch)
@@ -133,7 +134,7 @@ class Graphed:
     def _recorded(self, batch: Any) -> Step:
         """Record the step of a batch, and do it."""
         made = self.made
-        stale = [one for one in made.graphs if one.inputs.fits(batch)]  # which did not hold any more
+        stale = [one for one in made.graphs if one.inputs.fitting(batch) is not None]  # which did not hold any more
         why = stale[0].broken() if stale else ""
         self.vain = self.vain + 1 if stale and self.replays <= COMPARED else 0
         self.replays = 0
@@ -213,7 +214,7 @@ class Graphed:
         if not graph.rates.set() or not graph.assumptions.hold():
             return self._recorded(batch)
         try:
-            graph.inputs.take(batch)
+            graph.inputs.take(leaves_of(batch))
             once = _Outcome(self, graph.once())
             before.put_back()
             given = graph.replay(batch)
@@ -251,7 +252,7 @@ class Graphed:
         """A step of the trial, which of both ways takes less time."""
         trial, graph = self.trial, self.tried
         assert trial is not None  # it is under way
-        if not graph.inputs.fits(batch) or not graph.assumptions.hold():
+        if graph.inputs.fitting(batch) is None or not graph.assumptions.hold():
             trial.again()
             return self._kernels(batch)
         way = trial.next()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ class Inputs:
     that is no tensor is equal.
 
     >>> inputs = Inputs((torch.zeros(2, 3), torch.zeros(2), "a"))
-    >>> inputs.fits((torch.ones(2, 3), torch.ones(2), "a")), inputs.fits((torch.ones(2, 3), torch.ones(2), "b"))
-    (True, False)
-    >>> inputs.take((torch.ones(2, 3), torch.ones(2), "a"))
+    >>> inputs.fitting((torch.ones(2, 3), torch.ones(2), "b")) is None
+    True
+    >>> inputs.take(inputs.fitting((torch.ones(2, 3), torch.ones(2), "a")))
     >>> inputs.batch[1]
     tensor([1., 1.])
     """
@@ -35,21 +35,27 @@ class Inputs:
         self.batch = mapped(batch, lambda leaf: torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf)
         leaves, _ = _taken_apart(self.batch)
         self._tensors = [(index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.take(batch)
+        self.take(leaves_of(batch))
 
-    def fits(self, batch: Any) -> bool:
-        """Whether a batch is alike."""
-        return described(batch) == (self._kinds, self._structure)
+    def fitting(self, batch: Any) -> Sequence[Any] | None:
+        """What a batch is made of, its tensors and all else; None if it is not alike."""
+        leaves, structure = _taken_apart(batch)
+        alike = structure == self._structure and [_kind(leaf) for leaf in leaves] == self._kinds
+        return leaves if alike else None
 
-    def take(self, batch: Any) -> None:
-        """Copy a batch that fits."""
-        leaves, _ = _taken_apart(batch)
+    def take(self, leaves: Sequence[Any]) -> None:
+        """Copy what a batch that fits is made of."""
         for index, static in self._tensors:
             static.copy_(leaves[index], non_blocking=True)
 
     def position(self, tensor: Tensor) -> int | None:
         """Where in the batch a tensor stands, if it is one of the batch in memory."""
         return next((index for index, static in self._tensors if static is tensor), None)
+
+
+def leaves_of(batch: Any) -> Sequence[Any]:
+    """The tensors of a batch and all else in it, in the order of its structure."""
+    return _taken_apart(batch)[0]  # type: ignore[no-any-return]
 
 
 def described(batch: Any) -> tuple[list[Any], Any]:
@@ -98,44 +104,50 @@ class Outputs:
     """
 
     def __init__(self, step: Step, flags: Sequence[Tensor], inputs: Inputs, *, predictions: bool) -> None:
-        self._inputs = inputs
-        self._trees = (step.predictions, step.targets, step.sample_weights) if predictions else (None, None, None)
-        values = {name: value.detach() if isinstance(value, Tensor) else value for name, value in step.values.items()}
-        weight = step.weight.detach() if isinstance(step.weight, Tensor) else step.weight
-        numbers: dict[str, Any] = {"loss": step.loss.detach(), "skipped": step.skipped, "weight": weight}
-        numbers |= {f"value {name}": value for name, value in values.items()}
-        self._flags = ["skipped"] if len(flags) == 1 else [f"flag {number}" for number in range(len(flags))]
-        numbers |= dict(zip(self._flags, flags, strict=True))
-        self._rows: list[tuple[list[str], Tensor]] = []
-        rows: dict[torch.dtype, list[str]] = {}
-        self._others: dict[str, Any] = {}
-        for name, number in numbers.items():
+        trees = (step.predictions, step.targets, step.sample_weights) if predictions else (None, None, None)
+        self._trees = [None if tree is None else mapped(tree, lambda leaf: _Given.of(leaf, inputs)) for tree in trees]
+        numbers: list[Any] = [step.loss, step.skipped, step.weight, *step.values.values(), *(flags if len(flags) > 1 else ())]
+        numbers = [number.detach() if isinstance(number, Tensor) else number for number in numbers]
+        rows: dict[torch.dtype, list[int]] = {}
+        for index, number in enumerate(numbers):
             if isinstance(number, Tensor) and not number.ndim:
-                rows.setdefault(number.dtype, []).append(name)
-            else:
-                self._others[name] = number
-        for names in rows.values():
-            self._rows.append((names, torch.stack([numbers[name] for name in names])))
-        self._names = [f"value {name}" for name in values]
-        self._values = list(values)
+                rows.setdefault(number.dtype, []).append(index)
+        self._rows = [torch.stack([numbers[index] for index in of_row]) for of_row in rows.values()]
+        # What comes one after the other when the rows are taken apart, and what is the same each time or has a shape.
+        self._order = [index for of_row in rows.values() for index in of_row]
+        self._numbers = [None if index in self._order else number for index, number in enumerate(numbers)]
+        self._shaped = [index for index, number in enumerate(self._numbers) if isinstance(number, Tensor)]
+        self._names, self._first_flag = list(step.values), 3 + len(step.values)
 
-    def given(self, batch: Any) -> tuple[Step, list[Tensor]]:
-        """What the last replay gave, which was of this batch: the step, and the flag of each update."""
-        found: dict[str, Any] = {}
-        for names, row in self._rows:
-            found.update(zip(names, row.clone().unbind(), strict=True))
-        for name, value in self._others.items():
-            found[name] = value.clone() if isinstance(value, Tensor) else value
-        values: Mapping[str, Any] = {name: found[key] for name, key in zip(self._values, self._names, strict=True)}
-        predictions, targets, sample_weights = (None if tree is None else self._fresh(tree, batch) for tree in self._trees)
-        step = Step(found["loss"], predictions, targets, found["weight"], values, found["skipped"], sample_weights)
-        return step, [found[name] for name in self._flags]
+    def given(self, leaves: Sequence[Any]) -> tuple[Step, Sequence[Tensor]]:
+        """What the last replay gave, of a batch that was made of these: the step, and the flag of each update."""
+        found: list[Any] = self._numbers.copy()
+        fresh = [number for row in self._rows for number in row.clone().unbind()]
+        for index, number in zip(self._order, fresh, strict=True):
+            found[index] = number
+        for index in self._shaped:
+            found[index] = found[index].clone()
+        names, flags = self._names, found[self._first_flag :] or found[1:2]
+        predictions, targets, sample_weights = (None if tree is None else _fresh(tree, leaves) for tree in self._trees)
+        values = dict(zip(names, found[3:], strict=False)) if names else {}
+        return Step(found[0], predictions, targets, found[2], values, found[1], sample_weights), flags
 
-    def _fresh(self, tree: Any, batch: Any) -> Any:
-        def fresh(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            position = self._inputs.position(leaf)
-            return leaf.detach().clone() if position is None else _taken_apart(batch)[0][position]
 
-        return mapped(tree, fresh)
+class _Given:
+    """A tensor of the predictions or targets of a recorded step; the batch's own, where that is handed on."""
+
+    def __init__(self, tensor: Tensor, position: int | None) -> None:
+        self.tensor, self.position = tensor, position
+
+    @classmethod
+    def of(cls, leaf: Any, inputs: Inputs) -> Any:
+        return cls(leaf.detach(), inputs.position(leaf)) if isinstance(leaf, Tensor) else leaf
+
+
+def _fresh(tree: Any, leaves: Sequence[Any]) -> Any:
+    def fresh(leaf: Any) -> Any:
+        if not isinstance(leaf, _Given):
+            return leaf
+        return leaf.tensor.clone() if leaf.position is None else leaves[leaf.position]
+
+    return mapped(tree, fresh)

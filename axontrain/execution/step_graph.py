@@ -92,17 +92,18 @@ class StepGraph:
         step = self.compute()
         return Outputs(step, self.flags, self.inputs, predictions=self.predictions)
 
-    def replay(self, batch: Any) -> tuple[Step, list[Tensor]] | None:
+    def replay(self, batch: Any) -> tuple[Step, Sequence[Tensor]] | None:
         """Do the step of a batch; None if it is not one of those that were recorded.
 
         Returns:
             The step, and for each update its flag: above 0 if it was left out.
         """
-        if not self.inputs.fits(batch) or not self.assumptions.hold() or not self.rates.set():
+        leaves = self.inputs.fitting(batch)
+        if leaves is None or not self.assumptions.hold() or not self.rates.set():
             return None
-        self.inputs.take(batch)
+        self.inputs.take(leaves)
         self.recording.replay()
-        given = self.outputs.given(batch)
+        given = self.outputs.given(leaves)
         if not self.whole:
             for parameter, gradient in self.gradients:
                 parameter.grad = gradient
