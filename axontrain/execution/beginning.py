@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +98,11 @@ class Before:
     def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Take in what the optimizers keep."""
         found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
-        self._state = [(value, value.clone()) for value in found if isinstance(value, Tensor)]
+        self.take(value for value in found if isinstance(value, Tensor))
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Take in further tensors."""
+        self._state += [(value, value.clone()) for value in tensors]
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -20,9 +20,9 @@ from axontrain.execution.lines import told
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.rates import fixed
-from axontrain.execution.statics import described, leaves_of, unlike
+from axontrain.execution.statics import Updated, described, leaves_of, unlike
 from axontrain.execution.step_graph import StepGraph, UnrecordableError
-from axontrain.execution.steps import OneLoss
+from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.execution.tracing import Trace
 from axontrain.execution.trial import Trial
 from axontrain.objective import Step
@@ -36,7 +36,7 @@ TIMES = 8.0  # what kernels that sum in any order differ by from themselves, at 
 
 
 class Graphed:
-    """Steps of one loss, replayed; those that nothing is recorded of, as another runner does them.
+    """Steps that are replayed; those that nothing is recorded of, as another runner does them.
 
     Args:
         run: that other runner.
@@ -45,7 +45,7 @@ class Graphed:
         predictions: whether steps give predictions, as metrics of training need.
     """
 
-    def __init__(self, run: OneLoss, state: LoopState, made: Graphing, *, predictions: bool) -> None:
+    def __init__(self, run: OneLoss | SeveralLosses, state: LoopState, made: Graphing, *, predictions: bool) -> None:
         self.run, self.state, self.made, self.predictions = run, state, made, predictions
         device = next(run.objective.parameters()).device
         self.updates = [*state.optimizers.values()]
@@ -53,6 +53,8 @@ class Graphed:
         self.graph: StepGraph | None = None  # the one in use
         self.seen: list[tuple[Any, int]] = []  # kinds of batches, and how often they came
         self.trial: Trial | None = None
+        scaler = getattr(run, "scaler", None)
+        self.own = [] if scaler is None else [scaler.scale, scaler.good]  # what a runner itself changes
         self.vain = self.replays = 0
         self.apart = ""  # why updates are not to be recorded, found while it was tried
         self.aside = False  # whether the last steps were replays, of which the versions of tensors know nothing
@@ -68,12 +70,12 @@ class Graphed:
             return self._otherwise(batch)
         return self._counted(*given)
 
-    def _counted(self, step: Step, flags: Sequence[Tensor]) -> Step:
+    def _counted(self, step: Step, updated: Sequence[Updated]) -> Step:
         self.made.report.replayed += 1
         self.replays += 1
         self.aside = True
-        for update, flag in zip(self.updates, flags, strict=True):
-            update.done(step.loss, step.values, flag)
+        for update, loss, terms, flag in updated:
+            update.done(loss, terms, flag)
         return step
 
     def _watched(self) -> bool:
@@ -154,6 +156,8 @@ class Graphed:
         before = None
         try:
             reason = self.apart or fixed(self.updates)
+            if reason and isinstance(self.run, SeveralLosses):
+                raise UnrecordableError(f"updates lie between the losses of a step, and {reason}")
             graph = StepGraph(self.run, self.updates, batch, whole=not reason, predictions=self.predictions)
             made.report.update = reason
             before = self._before()
@@ -177,6 +181,7 @@ class Graphed:
     def _before(self) -> Before:
         before = Before(self.run.objective)
         before.take_state([one for update in self.updates for one in update.optimizers])
+        before.take(self.own)
         return before
 
     def _try(self, graph: StepGraph) -> None:
@@ -197,7 +202,7 @@ class Graphed:
         if not graph.assumptions.hold():
             what = graph.assumptions.broken()
             raise UnrecordableError(f"Python changes something in each step, and is not called in a replay: {what}")
-        if isinstance(self.run.train_step, Parts):  # what is compiled is not run under a mode
+        if isinstance(getattr(self.run, "train_step", None), Parts):  # what is compiled is not run under a mode
             return
         traces = Trace(), Trace()
         for trace in traces:
@@ -290,6 +295,7 @@ class _Outcome:
                     for key, value in state.items():
                         if isinstance(value, Tensor):
                             self.found[f"the state {key} of {names.get(id(p), 'a parameter')}"] = value.clone()
+        self.found |= {f"the scale of losses ({index})": own.clone() for index, own in enumerate(of.own)}
         self.found["the loss"] = step.loss.detach().clone()
         self.drawn = randomness.snapshot()
 

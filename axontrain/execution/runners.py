@@ -54,7 +54,7 @@ def runner(
         else:
             from axontrain.execution.graphed import Graphed
 
-            run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # of one loss
+            run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # not compiled
     if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
         run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():
@@ -70,10 +70,8 @@ def _not_replayed(run: Runner, state: LoopState, after_backward: Callable[[LoopS
         return f"the parameters are on several devices: {', '.join(sorted(map(str, devices)))}"
     if not all(map(recording.available, devices)):
         return f"the parameters are on {next(iter(devices))}, and CUDA graphs are of NVIDIA's GPUs"
-    if isinstance(run, SeveralLosses):
-        return "train_step is a generator of several losses, between which Python runs"
-    if type(run) is not OneLoss:
-        return "microbatches, or losses that are scaled, update once for several backward passes"
+    if isinstance(getattr(run, "cut", None), AutoCut):
+        return "microbatch='auto' looks for memory that runs out in each step"
     if after_backward is not None:
         return "a callback looks at gradients, in after_backward"
     updates = list(state.optimizers.values())
@@ -81,8 +79,9 @@ def _not_replayed(run: Runner, state: LoopState, after_backward: Callable[[LoopS
         return "an optimizer updates within backward, from hooks of Python's"
     if any(update.spec.closure for update in updates):
         return "the optimizer evaluates the loss by itself, as often as it likes"
-    if len(updates) > 1 and any(update.spec.on_nonfinite == "raise" for update in updates):
-        return "on_nonfinite='raise' looks at the gradients of all optimizers before any of them steps"
+    several = len(updates) > 1 or isinstance(run, SeveralLosses)
+    if several and any(update.spec.on_nonfinite == "raise" for update in updates):
+        return "on_nonfinite='raise' looks at gradients before the next of several updates"
     return ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from axontrain.data.structure import mapped
 from axontrain.errors import kind_of
 from axontrain.guard import is_dense
 from axontrain.objective import Step
+from axontrain.update import Update
 
 CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -91,6 +92,10 @@ def _kind(leaf: Any) -> Any:
     return type(leaf), leaf
 
 
+# An update of a step: whose, of which loss and its terms, and above 0 if it was left out.
+Updated = tuple[Update, Tensor, Mapping[str, Any], Tensor]
+
+
 class Outputs:
     """What a recorded step gives, copied anew from memory that the next replay writes to.
 
@@ -98,39 +103,61 @@ class Outputs:
 
     Args:
         step: as the recording gave it.
-        flags: of each update, above 0 if it was left out; of one alone it is the step's.
+        updated: its updates: whose, of which loss and its terms, and the flag.
         inputs: of the recording: what the step hands on of its batch is then that of the batch itself.
         predictions: whether predictions and targets are given.
     """
 
-    def __init__(self, step: Step, flags: Sequence[Tensor], inputs: Inputs, *, predictions: bool) -> None:
+    def __init__(self, step: Step, updated: Sequence[Updated], inputs: Inputs, *, predictions: bool) -> None:
         trees = (step.predictions, step.targets, step.sample_weights) if predictions else (None, None, None)
         self._trees = [None if tree is None else mapped(tree, lambda leaf: _Given.of(leaf, inputs)) for tree in trees]
-        numbers: list[Any] = [step.loss, step.skipped, step.weight, *step.values.values(), *(flags if len(flags) > 1 else ())]
-        numbers = [number.detach() if isinstance(number, Tensor) else number for number in numbers]
+        self._numbers: list[Any] = []
+        self._indices: dict[int, int] = {}  # of tensors, by id
+        self._loss, self._skipped, self._weight = map(self._index, (step.loss, step.skipped, step.weight))
+        self._values = [(name, self._index(value)) for name, value in step.values.items()]
+        self._updated = [
+            (update, self._index(loss), None if terms is step.values else self._terms(terms), self._index(flag))
+            for update, loss, terms, flag in updated
+        ]
         rows: dict[torch.dtype, list[int]] = {}
-        for index, number in enumerate(numbers):
+        for index, number in enumerate(self._numbers):
             if isinstance(number, Tensor) and not number.ndim:
                 rows.setdefault(number.dtype, []).append(index)
-        self._rows = [torch.stack([numbers[index] for index in of_row]) for of_row in rows.values()]
+        self._rows = [torch.stack([self._numbers[index] for index in of_row]) for of_row in rows.values()]
         # What comes one after the other when the rows are taken apart, and what is the same each time or has a shape.
         self._order = [index for of_row in rows.values() for index in of_row]
-        self._numbers = [None if index in self._order else number for index, number in enumerate(numbers)]
-        self._shaped = [index for index, number in enumerate(self._numbers) if isinstance(number, Tensor)]
-        self._names, self._first_flag = list(step.values), 3 + len(step.values)
+        self._others = [None if index in self._order else number for index, number in enumerate(self._numbers)]
+        self._shaped = [index for index, number in enumerate(self._others) if isinstance(number, Tensor)]
+        self._numbers = []
 
-    def given(self, leaves: Sequence[Any]) -> tuple[Step, Sequence[Tensor]]:
-        """What the last replay gave, of a batch that was made of these: the step, and the flag of each update."""
-        found: list[Any] = self._numbers.copy()
+    def _index(self, number: Any) -> int:
+        """Where a number stands among those that are given; the same tensor has one place."""
+        key = id(number)
+        if not isinstance(number, Tensor) or key not in self._indices:
+            self._indices[key] = len(self._numbers)
+            self._numbers.append(number.detach() if isinstance(number, Tensor) else number)
+            return len(self._numbers) - 1
+        return self._indices[key]
+
+    def _terms(self, terms: Mapping[str, Any]) -> list[tuple[str, int]]:
+        return [(name, self._index(value)) for name, value in terms.items()]
+
+    def given(self, leaves: Sequence[Any]) -> tuple[Step, list[Updated]]:
+        """What the last replay gave, of a batch that was made of these: the step, and its updates."""
+        found: list[Any] = self._others.copy()
         fresh = [number for row in self._rows for number in row.clone().unbind()]
         for index, number in zip(self._order, fresh, strict=True):
             found[index] = number
         for index in self._shaped:
             found[index] = found[index].clone()
-        names, flags = self._names, found[self._first_flag :] or found[1:2]
         predictions, targets, sample_weights = (None if tree is None else _fresh(tree, leaves) for tree in self._trees)
-        values = dict(zip(names, found[3:], strict=False)) if names else {}
-        return Step(found[0], predictions, targets, found[2], values, found[1], sample_weights), flags
+        values = {name: found[index] for name, index in self._values}
+        step = Step(found[self._loss], predictions, targets, found[self._weight], values, found[self._skipped], sample_weights)
+        updated: list[Updated] = [
+            (update, found[loss], values if terms is None else {name: found[at] for name, at in terms}, found[flag])
+            for update, loss, terms, flag in self._updated
+        ]
+        return step, updated
 
 
 class _Given:

@@ -58,6 +58,14 @@ class Plain(ax.Objective):
         return F.cross_entropy(logits, labels)
 
 
+class Plain4(Plain):
+    """With the names of Net's parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+
+
 def made(graph, optimizer=None, objective=None, **options):
     torch.manual_seed(0)
     optimizer = optimizer or ax.Optimizer("adamw", lr=1e-2)
@@ -406,7 +414,7 @@ def test_numbers_from_elsewhere_are_seen_in_the_kernels():
     ("options", "fit", "told"),
     [
         ({"callbacks": [ax.callback.FunctionCallback("after_backward", lambda state: None)]}, {}, "after_backward"),
-        ({"objective": Plain}, {"microbatch": 4}, "microbatches"),
+        ({"objective": Plain}, {"microbatch": "auto"}, "microbatch='auto'"),
         ({"optimizer": ax.Optimizer("lbfgs", lr=0.1)}, {}, "evaluates the loss by itself"),
         ({"optimizer": ax.Optimizer("sgd", lr=0.1, in_backward=True)}, {}, "within backward"),
     ],
@@ -420,14 +428,89 @@ def test_what_is_known_to_be_in_the_way_is_said_at_once(options, fit, told):
     assert told in quiet.report().not_replayed
 
 
-def test_a_generator_of_losses():
-    class Generator(Net):
-        def train_step(self, batch):
-            x, y = batch
-            yield "main", self.loss(self.predict(x), y)
+class Adversaries(ax.Objective):
+    """A generator of losses, of which the discriminator has two in each step."""
 
-    with pytest.warns(ax.AxonWarning, match="generator of several losses"):
-        made(True, objective=Generator).fit(DATA, steps=6, batch_size=16)
+    def __init__(self):
+        super().__init__()
+        self.generator, self.discriminator = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def train_step(self, batch):
+        real = batch[0]
+        fake = self.generator(torch.randn(len(real), 4))
+        yield (
+            "discriminator",
+            {
+                "real": F.softplus(-self.discriminator(real)).mean(),
+                "fake": F.softplus(self.discriminator(fake.detach())).mean(),
+            },
+        )
+        yield "discriminator", F.softplus(-self.discriminator(real)).mean()
+        yield "generator", F.softplus(-self.discriminator(fake)).mean()
+
+
+def adversaries(**discriminator):
+    return {
+        "generator": ax.Optimizer("adam", lr=1e-3, schedule=ax.schedules.cosine()),
+        "discriminator": ax.Optimizer(**{"factory": "adamw", "lr": 1e-3, "clip_norm": 1.0, **discriminator}),
+    }
+
+
+@pytest.mark.parametrize("fit", [{}, {"microbatch": 5}])
+def test_generators_of_losses(fit):
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, adversaries(), Adversaries)
+        loop.fit(DATA, epochs=6, batch_size=16, **fit)
+        loops.append(loop)
+    assert loops[1].report().replayed == 36 - 5
+    assert {"train/real", "train/fake", "train/generator_loss"} < set(loops[1].state.values)
+    assert same(states(loops[0]), states(loops[1]))
+    assert [update.steps for update in loops[1].state.optimizers.values()] == [36, 72]
+
+
+@pytest.mark.parametrize(
+    ("discriminator", "told"),
+    [
+        ({"factory": "rmsprop"}, "updates lie between the losses of a step, and RMSprop counts"),
+        (
+            {"schedule": lambda o: torch.optim.lr_scheduler.StepLR(o, 3)},
+            "torch's schedule of the optimizer 'discriminator' steps between its updates",
+        ),
+        ({"on_nonfinite": "raise"}, "on_nonfinite='raise' looks at gradients before the next of several updates"),
+    ],
+)
+def test_generators_whose_updates_are_more_than_kernels(discriminator, told):
+    plain = fitted(False, adversaries(**discriminator), Adversaries)
+    with pytest.warns(ax.AxonWarning, match=told):
+        replayed = fitted(True, adversaries(**discriminator), Adversaries)
+    assert same(states(plain), states(replayed))
+
+
+def test_microbatches():
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, OPTIMIZERS["adamw, cosine, groups"](), Plain4, metrics=["accuracy"])
+        loop.fit(ax.ArrayDataset(X[:90], Y[:90]), DATA, epochs=9, batch_size=16, microbatch=6)
+        loops.append(loop)
+    assert loops[1].report().recorded == 2
+    assert loops[1].report().replayed == 54 - 2 * 5
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_losses_that_are_scaled():
+    # Too large at first, as scales begin; and once more at the end, by a batch of large inputs.
+    x = X.clone()
+    x[80:] *= 300
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("sgd", lr=0.1, momentum=0.9), Plain, precision="fp16")
+        loop.fit(ax.Loader(ax.ArrayDataset(x, Y), 16), epochs=8)
+        loops.append(loop)
+    assert loops[1].report().replayed == 43
+    assert loops[1].state.optimizers["main"].skipped > 0
+    assert same(states(loops[0]), states(loops[1]))
+    assert same(loops[0].save()["attached"]["scaler"], loops[1].save()["attached"]["scaler"])
 
 
 def test_without_a_gpu_it_trains_and_says_so(monkeypatch):
@@ -647,11 +730,6 @@ def test_precisions(precision):
     plain, replayed = (fitted(graph, precision=precision, metrics=["accuracy"]) for graph in (False, True))
     assert replayed.report().replayed == 43
     assert same(states(plain), states(replayed))
-
-
-def test_losses_that_are_scaled_are_not_replayed():
-    with pytest.warns(ax.AxonWarning, match="losses that are scaled"):
-        fitted(True, precision="fp16", epochs=1)
 
 
 def timed(monkeypatch, eager, replayed):
