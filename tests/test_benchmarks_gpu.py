@@ -1,12 +1,12 @@
 """benchmarks/gpu/ in small on a CPU: its data, its network, that those compared do the same, and that a table comes out."""
 
+import functools
 import inspect
 import io
 import os
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import axontrain as ax
 from benchmarks.gpu import airbench, cifar, cifar_data, gpt, mlp, tables
 from benchmarks.gpu.batches import Batches
-from benchmarks.gpu.contenders import CONTENDERS, axontrain, by_hand, same_loader
+from benchmarks.gpu.contenders import CONTENDERS, axontrain, by_hand, cuda_graph, same_loader
 from benchmarks.gpu.processes import FailedError, Process
 from benchmarks.gpu.task import Given
 from benchmarks.gpu.workloads import WORKLOADS
@@ -176,6 +176,25 @@ def test_contenders_train_the_same(name, contender):
         torch.testing.assert_close(other_weights[key], value, rtol=1e-3, atol=1e-4)
     moved = {key for key, value in weights.items() if not value.equal(before[key])}
     assert moved == set(weights) - fixed
+
+
+def test_in_half_precision_they_train_the_same():
+    class InHalf(Given):
+        half = "bf16"
+
+    given, results = InHalf(HERE.device, small=True), []
+    data = cifar.load(given)
+    assert data.train[0].dtype is torch.bfloat16
+    for prepare in (by_hand.prepare, axontrain.prepare):
+        ended = []
+        task = cifar.task(data, given, 1, ended.append)
+        prepare(task)()
+        results.append((ended, task.net.state_dict()))
+    (losses, weights), (other_losses, other_weights) = results
+    assert other_losses == pytest.approx(losses, rel=1e-5)
+    for key, value in weights.items():
+        assert value.dtype in (torch.float32, torch.int64)
+        torch.testing.assert_close(other_weights[key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("prepare", [by_hand.prepare, axontrain.prepare])
@@ -412,28 +431,24 @@ def test_what_cannot_be_is_refused(arguments, told):
     assert told in done.stderr
 
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)"),
-]
+def gpu(test):
+    hidden = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device (they are hidden but from pytest -m gpu)")
+    return pytest.mark.gpu(hidden(test))
 
 
+@gpu
 @pytest.mark.parametrize("options", [None, {"graph": True}, {"graph": "auto"}], ids=str)
-@pytest.mark.parametrize("marked", [pytest.param(None, marks=gpu)], ids=[""])
-def test_graphs_train_as_eager_does(marked, options):
+def test_graphs_train_as_eager_does(options):
     """By hand, for None, and axontrain's."""
     if options is not None and not HAS_GRAPH:
         pytest.skip("Loop has no graph=")
-    from benchmarks.gpu.contenders import cuda_graph
-
-    on_gpu, results = Given(torch.device("cuda"), small=True), []
-    data = mlp.load(on_gpu)
-    for prepare in (by_hand.prepare, cuda_graph.prepare if options is None else axontrain.prepare):
+    on_gpu = Given(torch.device("cuda"), small=True)
+    data, results = mlp.load(on_gpu), []
+    graph = cuda_graph.prepare if options is None else functools.partial(axontrain.prepare, **options)
+    for prepare in (by_hand.prepare, graph):
         ended = []
         task = mlp.task(data, on_gpu, 3, ended.append)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            (prepare(task, **(options or {})) if prepare is not by_hand.prepare else prepare(task))()
+        prepare(task)()
         results.append((ended, task.net.state_dict()))
     (losses, weights), (other_losses, other_weights) = results
     assert other_losses == pytest.approx(losses, rel=1e-4)
@@ -441,8 +456,8 @@ def test_graphs_train_as_eager_does(marked, options):
         torch.testing.assert_close(other_weights[key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("marked", [pytest.param(None, marks=gpu)], ids=[""])
-def test_the_command_on_a_gpu(marked, tmp_path):
+@gpu
+def test_the_command_on_a_gpu(tmp_path):
     (tmp_path / "tinyshakespeare.txt").write_text("to be, or not to be? " * 100)
     names = there(cuda=True)
     done, rows = command("--device", "cuda", "--data", str(tmp_path), "--contenders", *names, cuda=True)

@@ -58,10 +58,17 @@ def main() -> int:
     taking_part = {one.name: place for one in asked if (place := where[one.name])}
     with tempfile.TemporaryDirectory() as folder:
         given = _given(arguments, Path(folder))
-        found = [measure(name, given, taking_part, arguments) for name in arguments.only]
+        found: list[Found] = []
+        for name in arguments.only:
+            found.append(measure(name, given, taking_part, arguments))
+            if arguments.json:  # at once, for whom the time may run out
+                arguments.json.write_text(json.dumps({one.name: vars(one) for one in found}, indent=1))
 
-    name = torch.cuda.get_device_name() if cuda else "no GPU"
-    about = name, f"torch {torch.__version__}", f"rounds: {arguments.rounds}; medians."
+    about = (
+        torch.cuda.get_device_name() if cuda else "no GPU",
+        f"torch {torch.__version__}",
+        f"rounds: {arguments.rounds}; medians.",
+    )
     print(report.heading("gpu", *about))
     titles = {
         one.name: f"{one.title} {taking_part[one.name].version if one.peer else ''}".strip()
@@ -77,8 +84,6 @@ def main() -> int:
     print()
     for line in [*tables.verdicts(found, judged=cuda and not arguments.small), *_notes(found, given, wanted, where, arguments)]:
         print(f"- {line}" if arguments.markdown else line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({one.name: vars(one) for one in found}, indent=1))
     wrong = False
     for one in found:
         for contender, failure in one.failures.items():
@@ -225,7 +230,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the command")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the device's peak in bfloat16, where it is not known")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every turn there, after each workload")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
