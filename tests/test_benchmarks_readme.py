@@ -7,17 +7,19 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TEXT = (FOLDER / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"python -m benchmarks\.(\w+)([^`]*)`", TEXT)))
+COMMANDS = sorted(set(re.findall(r"python -m benchmarks\.([\w.]+)([^`]*)`", TEXT)))
 
 
 @pytest.mark.parametrize(("name", "given"), COMMANDS)
 def test_a_command_has_the_options_it_is_shown_with(name, given):
-    source = (FOLDER / f"{name}.py").read_text()
+    path = FOLDER / name.replace(".", "/")
+    source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
     assert all(f'"{option}"' in source for option in re.findall(r"--[a-z-]+", given))
 
 
 def test_each_command_has_a_section():
     commands = {path.stem for path in FOLDER.glob("*.py") if "argparse.ArgumentParser(" in path.read_text()}
+    commands |= {path.parent.name for path in FOLDER.glob("*/__main__.py")}
     listed = dict(re.findall(r"^\| \[`(\w+)`\]\(#([\w-]+)\)", TEXT, re.MULTILINE))
     assert set(listed) == commands - {"run"}  # which overhead calls
     headings = [

@@ -1,0 +1,1 @@
+"""What training costs on a GPU: `python -m benchmarks.gpu` (see there)."""
