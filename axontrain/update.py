@@ -212,6 +212,11 @@ class Update:
         finally:
             self._zeros = before
 
+    def keeps(self) -> list[Any]:
+        """What is kept between steps, object by object: in the optimizers' state, and to undo a step."""
+        states = [one.state.get(p, {}) for one in self.optimizers for p in self.tensors]
+        return [*(value for state in states for value in state.values()), *(guard.kept for guard in self._guards)]
+
     def read_by(self) -> str:
         """Which of the optimizers may read from the device while it steps, or has Python count or look on; "" if none."""
         for guard in self._guards:

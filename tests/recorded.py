@@ -41,7 +41,7 @@ class _Recording(TorchDispatchMode):
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         fresh = [leaf.untyped_storage().data_ptr() not in places for leaf in results]
         self.made |= {leaf.untyped_storage().data_ptr() for leaf in results}
-        self.operations.append((func, args, kwargs, results, fresh))
+        self.operations.append((func, args, kwargs, results, fresh, torch.is_grad_enabled()))
         return result
 
 
@@ -55,12 +55,12 @@ class Recording:
     def replay(self):
         assert self.operations is not None, "a recording that was closed is replayed"
         self.replays += 1
-        with torch.no_grad():
-            for func, args, kwargs, results, fresh in self.operations:
+        for func, args, kwargs, results, fresh, grad in self.operations:
+            with torch.set_grad_enabled(grad):  # by which some kernels decide what to keep
                 now = [leaf for leaf in tree_flatten(func(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
-                for before, after, is_fresh in zip(results, now, fresh, strict=True):
-                    if is_fresh:
-                        before.detach().copy_(after)
+            for before, after, is_fresh in zip(results, now, fresh, strict=True):
+                if is_fresh:
+                    before.detach().copy_(after.detach())
 
     def close(self):
         self.operations = None
@@ -72,6 +72,11 @@ class Recorder:
 
     def __init__(self, device, generators=()):
         self.device, self.generators = device, list(generators)
+        self.generation = []
+
+    def renew(self):
+        assert all(one.operations is None for one in self.generation), "memory is begun anew that is in use"
+        self.generation = []
 
     def wait(self):
         pass
@@ -108,10 +113,12 @@ class Recorder:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
         detached = [
-            (func, *tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs)), results, fresh)
-            for func, args, kwargs, results, fresh in mode.operations
+            (func, *tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs)), *rest)
+            for func, args, kwargs, *rest in mode.operations
         ]
-        return Recording(detached), given
+        assert not self.generation or any(one.operations is not None for one in self.generation), "all of them were closed"
+        self.generation.append(Recording(detached))
+        return self.generation[-1], given
 
 
 @pytest.fixture

@@ -164,6 +164,142 @@ def test_a_recording_that_fails_leaves_everything_usable(monkeypatch):
     assert same(states(fitted(False, OPTIMIZERS["adamw"](), steps=100)), states(after))
 
 
+class Scaled(Digits):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.generator = 1.0, torch.Generator("cuda").manual_seed(1)
+
+    def predict(self, images):
+        noise = torch.randn(images.shape, device=images.device, generator=self.generator)
+        return super().predict(images + 0.01 * noise) * self.scale
+
+
+@pytest.mark.parametrize("rows", [1408, 1400])  # 22 batches of 64; and a smaller one at the end
+def test_what_changes_is_recorded_anew_and_comes_back(rows):
+    loops = []
+    train = ax.data.digits()[0][:rows]
+    data = ax.ArrayDataset(*(part.to("cuda") for part in train))
+    for graph in (False, True):
+        torch.manual_seed(0)
+        loop = ax.Loop(Scaled(), OPTIMIZERS["adamw"](), graph=graph, progress=False)
+
+        @loop.on("before_epoch", every="8 epochs")
+        def _(state):
+            state.objective.scale = 1.5 - state.objective.scale  # 1, 0.5, 1, 0.5
+            for p in state.objective.net[0].parameters():
+                p.requires_grad_(not p.requires_grad)
+
+        loop.fit(data, epochs=32, batch_size=64)
+        loops.append(loop)
+    assert loops[1].report().not_replayed == ""
+    assert len(loops[1].report().rerecorded) >= 3
+    assert loops[1].report().replayed > 500
+    assert same(states(loops[0]), states(loops[1]))
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def test_after_a_recording_that_failed_memory_and_generators_are_as_ever(monkeypatch):
+    from axontrain.execution import graphed
+
+    class ReadsAndDraws(Scaled):
+        def loss(self, logits, labels):
+            loss = super().loss(logits, labels)
+            return loss * (1 + 0 * loss.item())
+
+    monkeypatch.setattr(graphed.Graphed, "_try", lambda self, graph: None)
+    objective = ReadsAndDraws()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with pytest.warns(ax.AxonWarning, match="cannot be replayed"):
+        ax.Loop(objective, OPTIMIZERS["adamw"](), graph=True, progress=False).fit(
+            ax.data.digits()[0].to("cuda"), steps=40, batch_size=64
+        )
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.randn(4, device="cuda", generator=objective.generator)
+    torch.randn(4, device="cuda")
+    large = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    del large
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + 2**26
+
+
+class Recurrent(Digits):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.rnn, self.net = nn.LSTM(8, 16, num_layers=2, dropout=dropout, batch_first=True), nn.Linear(16, 10)
+
+    def predict(self, images):
+        return self.net(self.rnn(images.view(-1, 8, 8))[0][:, -1])
+
+
+def test_recurrent_networks():
+    loops = [fitted(graph, OPTIMIZERS["adam"](), Recurrent, steps=200) for graph in (False, True)]
+    assert loops[1].report().replayed > 150
+    assert same(states(loops[0]), states(loops[1]))
+    with pytest.warns(ax.AxonWarning, match="rnn has dropout between its layers"):
+        dropped = fitted(True, OPTIMIZERS["adam"](), lambda: Recurrent(0.5), steps=100)
+    assert same(states(fitted(False, OPTIMIZERS["adam"](), lambda: Recurrent(0.5), steps=100)), states(dropped))
+
+
+def test_kernels_that_sum_in_any_order_are_replayed():
+    torch.use_deterministic_algorithms(False)
+
+    class Atomic(Digits):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.net = nn.Parameter(torch.randn(17, 32)), nn.Linear(32, 10)
+
+        def predict(self, images):
+            index = images.view(len(images), -1).long().clamp(0, 16)
+            rows = torch.arange(len(images), device=images.device).repeat_interleave(64, output_size=64 * len(images))
+            summed = torch.zeros(len(images), 32, device=images.device)
+            return self.net(summed.index_add(0, rows, self.embedding[index.reshape(-1)]))
+
+    for _ in range(3):
+        assert fitted(True, OPTIMIZERS["adamw"](), Atomic, steps=100).report().replayed > 50
+
+
+def test_batches_that_lie_otherwise_in_memory():
+    rows = torch.randn(640, 100, device="cuda")
+    labels = torch.randint(10, (640,), device="cuda")
+    batches = [(rows[n : n + 60, 3:67], labels[n : n + 60]) for n in range(0, 600, 60)]
+    loops = [fitted(graph, OPTIMIZERS["adamw"](), data=batches, steps=300, strict=False) for graph in (False, True)]
+    assert loops[1].report().replayed > 200
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_generators_of_losses_microbatches_and_scaled_losses():
+    class Adversaries(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.discriminator = nn.Linear(8, 64), nn.Linear(64, 1)
+
+        def train_step(self, batch):
+            real = batch[0]
+            fake = self.generator(torch.randn(len(real), 8, device=real.device))
+            yield "discriminator", F.softplus(self.discriminator(fake.detach()) - self.discriminator(real)).mean()
+            yield "generator", F.softplus(-self.discriminator(fake)).mean()
+
+    train = ax.data.digits()[0].to("cuda")
+    for fit, precision, kind in (
+        ({}, "fp32", Adversaries),
+        ({"microbatch": 24}, "fp32", Adversaries),
+        ({"microbatch": 24}, "bf16", Scaled),
+        ({}, "fp16", Scaled),
+    ):
+        loops = []
+        for graph in (False, True):
+            torch.manual_seed(0)
+            optimizers = {"generator": OPTIMIZERS["adam"](), "discriminator": OPTIMIZERS["adamw"]()}
+            of = optimizers if kind is Adversaries else OPTIMIZERS["adamw"]()
+            loop = ax.Loop(kind(), of, graph=graph, precision=precision, progress=False)
+            loop.fit(train, steps=200, batch_size=64, **fit)
+            loops.append(loop)
+        assert loops[1].report().replayed > 150, loops[1].report()
+        assert same(states(loops[0]), states(loops[1]))
+
+
 def test_memory_is_given_back():
     torch.cuda.empty_cache()
     fitted(False, OPTIMIZERS["adam"](), steps=50)

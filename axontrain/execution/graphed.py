@@ -10,29 +10,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from axontrain import randomness
 from axontrain.execution import recording
+from axontrain.execution.assumptions import hooked
 from axontrain.execution.beginning import Before, Changing
 from axontrain.execution.graphing import Graphing
 from axontrain.execution.lines import told
 from axontrain.execution.microbatches import out_of_memory
+from axontrain.execution.outcome import Outcome
 from axontrain.execution.parts import Parts
 from axontrain.execution.rates import fixed
 from axontrain.execution.statics import Updated, described, leaves_of, unlike
 from axontrain.execution.step_graph import StepGraph, UnrecordableError
 from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.execution.tracing import Trace
-from axontrain.execution.trial import Trial
+from axontrain.execution.trial import LESS, Trial
 from axontrain.objective import Step
 from axontrain.state import LoopState
 
 WARM_UP = 3  # steps of a batch's shapes before one is recorded: they make what is made once, and let libraries choose kernels
 COMPARED = 2  # the first shows what is recorded wrong; the second, what would be another each time
 MOST = 8  # recordings at a time
-IN_VAIN = 4  # so many in a row that were replayed no oftener than they were compared: something changes all the time
-TIMES = 8.0  # what kernels that sum in any order differ by from themselves, at most so many times
+KINDS = 64  # of batches, of which it is counted how often they come
+WORTH = 50  # replays that pay for a recording
+IN_VAIN = 4  # so many in a row that did not: something changes all the time
+TRIES = 3  # where kernels sum in any order, and two steps alike differ in their last bits
 
 
 class Graphed:
@@ -53,11 +56,12 @@ class Graphed:
         self.graph: StepGraph | None = None  # the one in use
         self.seen: list[tuple[Any, int]] = []  # kinds of batches, and how often they came
         self.trial: Trial | None = None
+        self.tried: StepGraph | None = None  # by the trial
         scaler = getattr(run, "scaler", None)
         self.own = [] if scaler is None else [scaler.scale, scaler.good]  # what a runner itself changes
-        self.vain = self.replays = 0
+        self.vain = self.replays = self.refused = 0
         self.apart = ""  # why updates are not to be recorded, found while it was tried
-        self.aside = False  # whether the last steps were replays, of which the versions of tensors know nothing
+        self.unseen = False  # whether the last steps were replays, of which the versions of tensors know nothing
 
     def __call__(self, batch: Any) -> Step:
         graph = self.graph
@@ -66,16 +70,22 @@ class Graphed:
         for update in self.updates:
             update.ready()
         given = graph.replay(batch)
-        if given is None:
-            return self._otherwise(batch)
-        return self._counted(*given)
+        return self._otherwise(batch) if given is None else self._counted(graph, *given)
 
-    def _counted(self, step: Step, updated: Sequence[Updated]) -> Step:
+    def _counted(self, graph: StepGraph, step: Step, updated: Sequence[Updated]) -> Step:
+        """The step of a replay: what of it is no work of the device."""
         self.made.report.replayed += 1
         self.replays += 1
-        self.aside = True
+        self.unseen = True
+        if graph.gradients:
+            graph.put_gradients()
+            if not graph.whole:
+                for update, _, _, flag in updated:
+                    update.step(flag)
         for update, loss, terms, flag in updated:
             update.done(loss, terms, flag)
+        if graph.gradients:
+            graph.drop_gradients()
         return step
 
     def _watched(self) -> bool:
@@ -93,14 +103,14 @@ class Graphed:
         made = self.made
         if made.eager or self._watched():
             return self._kernels(batch)
-        if self.trial is not None:
-            return self._tried(batch)
         for update in self.updates:
             update.ready()
+        if self.trial is not None and (step := self._in_trial(batch)) is not None:
+            return step
         for graph in made.graphs:
             if graph is not self.graph and graph.left == 0 and (given := graph.replay(batch)) is not None:
                 self.graph = graph
-                return self._counted(*given)
+                return self._counted(graph, *given)
         for graph in made.graphs:
             if graph.left and graph.inputs.fitting(batch) is not None:
                 return self._compared(graph, batch)
@@ -110,72 +120,80 @@ class Graphed:
 
     def _kernels(self, batch: Any) -> Step:
         """A step as the other runner does it."""
-        if self.aside:
-            self.aside = False
+        if self.unseen:
+            self.unseen = False
             torch.autograd.graph.increment_version([*self.run.objective.parameters(), *self.run.objective.buffers()])
         return self.run(batch)
 
     def _often(self, batch: Any) -> bool:
-        """Whether batches of these shapes have come so often that a step of them is to be recorded."""
+        """Whether batches of this kind have come so often that a step of them is to be recorded."""
         kind = described(batch)
         for index, (other, count) in enumerate(self.seen):
             if other == kind:
                 self.seen[index] = (kind, count + 1)
-                return count >= WARM_UP
+                return count >= WARM_UP and (len(self.made.graphs) < MOST or self._stale(batch) != [])
         if why := unlike(batch):
             self._give_up(why)
-        elif len(self.seen) < 64:  # of data whose sizes vary without end, only those that come first
+        elif len(self.seen) < KINDS:
             self.seen.append((kind, 1))
+        elif not self.made.graphs:
+            self._give_up(f"the first {KINDS} batches that differ, in shapes or in what is no tensor, came too seldom")
         return False
 
+    def _stale(self, batch: Any) -> list[StepGraph]:
+        """Recordings of such batches, which do not hold any more."""
+        return [one for one in self.made.graphs if one.inputs.fitting(batch) is not None]
+
     def _give_up(self, why: str, line: str = "") -> None:
-        self.graph = self.trial = None
+        self.graph = self.trial = self.tried = None
         self.made.give_up(why, line)
+        self.recorder.renew()
         self.seen.clear()
 
     def _recorded(self, batch: Any) -> Step:
         """Record the step of a batch, and do it."""
-        made = self.made
-        stale = [one for one in made.graphs if one.inputs.fitting(batch) is not None]  # which did not hold any more
-        why = stale[0].broken() if stale else ""
-        self.vain = self.vain + 1 if stale and self.replays <= COMPARED else 0
+        if stale := self._stale(batch):
+            why, options = stale[0].broken() or "something in the module", stale[0].assumptions.hold()
+            self.vain = self.vain + 1 if self.replays < WORTH else 0
+            if self.vain >= IN_VAIN and options and stale[0].whole:
+                self.apart, self.vain = f"{why}, and so on", 0
+            if self.vain >= IN_VAIN:
+                self._give_up(f"what was recorded holds for no time: {why}, and so on")
+                return self._kernels(batch)
+            self.made.report.rerecorded.append(why)
+            stale.clear()
+            self.graph = None
+            self.made.close()  # all of them, as they share memory
+            self.recorder.renew()
+            self.replays = 0
+            return self._kernels(batch)  # which makes anew what may be gone, as an optimizer's state
         self.replays = 0
-        for one in stale:
-            made.graphs.remove(one)
-            one.close()
-        if self.vain >= IN_VAIN and stale[0].whole and stale[0].assumptions.hold():
-            self.apart, self.vain = f"{why or 'an option'}, and so on", 0
-        if self.vain >= IN_VAIN:
-            self._give_up(f"what was recorded holds for no time: {why or 'something'}, and so on")
-            return self._kernels(batch)
-        if len(made.graphs) >= MOST:
-            return self._kernels(batch)
-        if stale:
-            made.report.rerecorded.append(why or "something in the module")
-        self.graph = None
-        before = None
+        graph, before = None, None
         try:
             reason = self.apart or fixed(self.updates)
             if reason and isinstance(self.run, SeveralLosses):
                 raise UnrecordableError(f"updates lie between the losses of a step, and {reason}")
+            if part := hooked(self.run.objective):
+                raise UnrecordableError(f"{part} has hooks, which would not be called")
             graph = StepGraph(self.run, self.updates, batch, whole=not reason, predictions=self.predictions)
-            made.report.update = reason
             before = self._before()
             self._try(graph)
-            before.put_back()
+            self._put_back(graph, before)
             graph.record(self.recorder)
+            self._put_back(graph, before)
         except Exception as error:
-            if before is not None:
-                graph.assumptions.put_back()
-                before.put_back()
+            if graph is not None:
+                if before is not None:
+                    self._put_back(graph, before)
+                graph.close()
             if out_of_memory(error):
                 self._give_up("there is not the memory to record them and to hold them against those of before")
             else:
                 self._give_up(*_reason(error))
             return self._kernels(batch)
-        graph.left = COMPARED
-        made.graphs.append(graph)
-        made.report.recorded += 1
+        graph.left, self.made.report.update = COMPARED, reason
+        self.made.graphs.append(graph)
+        self.made.report.recorded += 1
         return self._compared(graph, batch, before)
 
     def _before(self) -> Before:
@@ -183,6 +201,11 @@ class Graphed:
         before.take_state([one for update in self.updates for one in update.optimizers])
         before.take(self.own)
         return before
+
+    def _put_back(self, graph: StepGraph, before: Before) -> None:
+        graph.drop_gradients()
+        graph.assumptions.put_back()
+        before.put_back()
 
     def _try(self, graph: StepGraph) -> None:
         """Compute the step as it is to be recorded, on the stream of recordings, and look for what cannot be.
@@ -195,6 +218,7 @@ class Graphed:
         drawn = randomness.snapshot()
         with self.recorder.aside() as waits:
             graph.compute()
+        graph.drop_gradients()
         if waits:
             raise UnrecordableError("a step waits for the device, as for what .item() reads", told(waits)[0])
         if drawing := self.recorder.on_host(randomness.drawn(drawn, randomness.snapshot())):
@@ -208,115 +232,104 @@ class Graphed:
         for trace in traces:
             with trace:
                 graph.compute()
+            graph.drop_gradients()
         if what := traces[0].unlike(traces[1]):
             raise UnrecordableError(f"two steps call for other kernels, and a replay would not: {what}")
 
     def _compared(self, graph: StepGraph, batch: Any, before: Before | None = None) -> Step:
-        """Do a step in three ways from one beginning: kernel by kernel, replayed, and kernel by kernel for good."""
-        before = self._before() if before is None else before
+        """Do a step in two ways from one beginning: replayed, and kernel by kernel for good."""
         for update in self.updates:
             update.ready()
         if not graph.rates.set() or not graph.assumptions.hold():
             return self._recorded(batch)
         try:
-            graph.inputs.take(leaves_of(batch))
-            once = _Outcome(self, graph.once())
-            before.put_back()
+            before = self._before() if before is None else before
             given = graph.replay(batch)
             assert given is not None  # as was looked
-            replayed = _Outcome(self, given[0])
-            before.put_back()
+            graph.put_gradients()
+            replayed = self._outcome(graph, given[0]).kept()
+            self._put_back(graph, before)
+            if graph.whole:
+                step = self._kernels(batch)
+            else:  # the update is not recorded: gradients are compared, which it takes away
+                graph.inputs.take(leaves_of(batch))
+                step = graph.compute()
+            self.unseen = True
+            live = self._outcome(graph, step)
+            different = replayed.unlike(live)
+            if different:
+                different = self._wavers(graph, batch, before, replayed, live)
+            if not graph.whole:
+                self._put_back(graph, before)
         except Exception as error:
-            before.put_back()
-            if not out_of_memory(error):
+            if not out_of_memory(error) or before is None:
                 raise
+            self._put_back(graph, before)
             self._give_up("there is not the memory to hold them against those of before")
             return self._kernels(batch)
-        self.aside = True
-        step = self._kernels(batch)
-        if different := replayed.unlike(_Outcome(self, step), once):
-            self._give_up(f"replayed, a step is another: {different}")
+        if not graph.whole:
+            step = self._kernels(batch)
+        if different:
+            self.refused += 1
+            if self.refused >= TRIES:
+                self._give_up(f"replayed, a step is another: {different}")
             return step
+        self.refused = 0
         graph.left -= 1
         self.made.report.held += 1
         if not graph.left:
             self._trusted(graph)
         return step
 
+    def _wavers(self, graph: StepGraph, batch: Any, before: Before, replayed: Outcome, live: Outcome) -> str:
+        """What of a replay is another by more than kernels differ from themselves; all is as it was afterwards."""
+        now, live = self._before(), live.kept()
+        gradients = [(p, p.grad) for update in self.updates for p in update.tensors]
+        self._put_back(graph, before)
+        graph.inputs.take(leaves_of(batch))
+        again = self._outcome(graph, graph.compute())
+        different = replayed.unlike(live, again)
+        now.put_back()
+        for p, gradient in gradients:
+            p.grad = gradient
+        return different
+
+    def _outcome(self, graph: StepGraph, step: Step) -> Outcome:
+        of = self.run.objective, self.updates, self.own, step
+        return Outcome.of(*of, whole=graph.whole, predictions=self.predictions)
+
     def _trusted(self, graph: StepGraph) -> None:
-        made = self.made
-        if made.auto and made.chosen is None:
-            self.graph, self.trial = None, Trial(self.recorder.wait)
-            self.tried = graph
-        elif made.auto and not made.chosen:
-            self._give_up(made.report.not_replayed)
+        if self.made.auto and self.made.chosen is None:
+            self.graph, self.tried, self.trial = None, graph, Trial(self.recorder.wait)
         else:
             self.graph = graph
 
-    def _tried(self, batch: Any) -> Step:
-        """A step of the trial, which of both ways takes less time."""
+    def _in_trial(self, batch: Any) -> Step | None:
+        """A step of the trial, which of both ways takes less time; None if that has ended in between."""
         trial, graph = self.trial, self.tried
-        assert trial is not None  # it is under way
-        if graph.inputs.fitting(batch) is None or not graph.assumptions.hold():
-            trial.again()
-            return self._kernels(batch)
+        assert trial is not None
+        assert graph is not None  # while it is under way
+        if graph.inputs.fitting(batch) is None:
+            with trial.apart():
+                return self._kernels(batch)
+        if not graph.assumptions.hold() or not graph.rates.set():  # to be recorded anew
+            self.trial = self.tried = None
+            return None
         way = trial.next()
         if trial.over:
-            self.trial, ratio = None, trial.ratio
-            self.made.chosen = ratio <= 1.0
-            if self.made.chosen:
-                self.graph = graph
-                self.made.report.ratio = ratio
-                return self(batch)
-            self._give_up(f"that takes {ratio:.2f} times as long")
-            return self._kernels(batch)
+            self.trial = self.tried = None
+            if trial.ratio > LESS:
+                self.graph = None
+                self.made.lose(trial.ratio)
+                self.recorder.renew()
+                return self._kernels(batch)
+            self.made.chosen, self.made.report.ratio = True, trial.ratio
+            self.graph, way = graph, 1
         if not way:
             return self._kernels(batch)
-        for update in self.updates:
-            update.ready()
         given = graph.replay(batch)
-        if given is None:
-            trial.again()
-            return self._kernels(batch)
-        return self._counted(*given)
-
-
-class _Outcome:
-    """What a step has made of all that it changes, and its loss."""
-
-    def __init__(self, of: Graphed, step: Step) -> None:
-        objective = of.run.objective
-        self.found = {f"the update of {name}": p.detach().clone() for name, p in objective.named_parameters()}
-        self.found |= {f"the buffer {name}": b.detach().clone() for name, b in objective.named_buffers()}
-        for update in of.updates:
-            names = {id(p): name for name, p in update.parameters.items()}
-            for optimizer in update.optimizers:
-                for p, state in optimizer.state.items():
-                    for key, value in state.items():
-                        if isinstance(value, Tensor):
-                            self.found[f"the state {key} of {names.get(id(p), 'a parameter')}"] = value.clone()
-        self.found |= {f"the scale of losses ({index})": own.clone() for index, own in enumerate(of.own)}
-        self.found["the loss"] = step.loss.detach().clone()
-        self.drawn = randomness.snapshot()
-
-    def unlike(self, expected: _Outcome, once: _Outcome) -> str:
-        """What is another than expected; "" if nothing is. Where two steps alike differ in their last bits, so may it."""
-        if randomness.drawn(self.drawn, expected.drawn):
-            return "it has drawn other random numbers"
-        for name, right in expected.found.items():
-            mine, again = self.found[name], once.found.get(name)
-            if mine.shape != right.shape or (not _same(mine, right) and (again is None or _same(again, right))):
-                return name
-            if again is not None and not _same(again, right):
-                gap, own = (float((one.double() - right.double()).abs().max()) for one in (mine, again))
-                if not gap <= TIMES * own:
-                    return f"{name}, by {gap:.3g}, where it differs from itself by {own:.3g}"
-        return ""
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, and what is no number in the same places."""
-    return bool(torch.equal(a, b)) or bool(((a == b) | ((a != a) & (b != b))).all())
+        assert given is not None  # as was looked
+        return self._counted(graph, *given)
 
 
 def _reason(error: Exception) -> tuple[str, str]:

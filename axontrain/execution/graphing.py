@@ -48,8 +48,13 @@ class Graphing:
         self.eager, self.report.not_replayed = why, f"{why}{at}"
         self.close()
 
+    def lose(self, ratio: float) -> None:
+        """Replays took longer, or no less: do steps kernel by kernel from now on, in later fits too."""
+        self.chosen = False
+        self.give_up(f"that takes {ratio:.2f} of the time")
+
     def close(self) -> None:
-        """Give the memory of the recordings back."""
+        """Give the memory of the recordings back: of all together, since they share it."""
         while self.graphs:
             self.graphs.pop().close()
 

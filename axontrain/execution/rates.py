@@ -6,7 +6,7 @@ A rate that a schedule sets is recorded as a tensor, which kernels read; all els
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ class Rates:
     """
 
     def __init__(self, updates: Sequence[Update], *, whole: bool) -> None:
+        self._updates = updates if whole else ()
+        self._kept = [one for update in self._updates for one in update.keeps()]  # held on to, as the recording writes there
         self._clips = [(update.spec, update.spec.clip_norm, update.spec.clip_value) for update in updates]
         self._groups: list[tuple[torch.optim.Optimizer, int, dict[str, Any], list[str], Any, tuple[Any, ...]]] = []
         self._rates: list[tuple[dict[str, Any], Tensor]] = []
-        for update in updates if whole else ():
+        for update in self._updates:
             for optimizer in update.optimizers:
                 for number, group in enumerate(optimizer.param_groups):
                     self._take(update, optimizer, number, group)
@@ -53,12 +55,19 @@ class Rates:
             # torch puts new groups in place of the old when it loads a state, and new state.
             if optimizer.param_groups[number] is not group or look(group) != expected:
                 return False
+        if not self._still():
+            return False
         for index, (group, rate) in enumerate(self._rates):
             now = group["lr"]
             if now != self._set[index]:
                 rate.fill_(now)
                 self._set[index] = now
         return True
+
+    def _still(self) -> bool:
+        """Whether what the optimizers keep is where it was."""
+        kept = [one for update in self._updates for one in update.keeps()]
+        return len(kept) == len(self._kept) and all(map(is_, kept, self._kept))
 
     def broken(self) -> str:
         """Which option is another now, in words; "" if none is."""
@@ -72,7 +81,7 @@ class Rates:
             for name, before in zip(names, expected, strict=True):
                 if group[name] != before:
                     return f"the optimizer's {name} was {shown(before)}, and is {shown(group[name])}"
-        return ""
+        return "" if self._still() else "what the optimizer keeps was replaced"
 
     def __enter__(self) -> None:
         """Put tensors in place of the rates, while a step is recorded."""

@@ -7,6 +7,7 @@ Starting a kernel from Python takes some microseconds, which small ones do not; 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,7 @@ def available(device: torch.device) -> bool:
 
 
 class Recorder:
-    """Records graphs of one device, on a stream of its own; their memory, beside their results, is shared.
+    """Records graphs of one device, whose memory is shared: of a generation, which is given back together.
 
     Args:
         device: a CUDA device.
@@ -32,8 +33,12 @@ class Recorder:
 
     def __init__(self, device: torch.device, generators: Iterable[torch.Generator] = ()) -> None:
         self.device, self.generators = device, [one for one in generators if one.device.type == "cuda"]
-        self.stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
-        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = _stream(device)
+        self.pool: Any = None
+
+    def renew(self) -> None:
+        """Begin a new generation: all recordings were closed, and what torch has kept for them is not to be used again."""
+        self.pool = None
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
@@ -61,7 +66,7 @@ class Recorder:
                     yield waits
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(self.stream)
+                current.wait_stream(self.stream)
         for one in told:
             if SYNCHRONISES in str(one.message):
                 waits.append((one.filename, one.lineno))
@@ -74,9 +79,9 @@ class Recorder:
         Raises:
             Exception: what the function raised, or torch, of something that cannot be recorded.
         """
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph, current = self._graph(), torch.cuda.current_stream(self.device)
         collecting = gc.isenabled()
         gc.disable()  # what it would free meanwhile may be of another graph, or wait for the device
         try:
@@ -87,6 +92,7 @@ class Recorder:
             ):
                 given = function()
         except BaseException:
+            torch.cuda.set_stream(current)  # torch leaves its own in place where the beginning fails
             graph.reset()
             self._recover()
             raise
@@ -95,16 +101,37 @@ class Recorder:
                 gc.enable()
         return Recording(graph), given
 
+    def _graph(self) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        return graph
+
     def _recover(self) -> None:
-        """After a recording that failed: without this torch's generator takes itself for recorded for good."""
+        """After a recording that failed: end what it has begun, as torch does not.
+
+        Its allocator would take memory from the pool for good (https://github.com/pytorch/pytorch/issues/180395), and its
+        generators would take themselves for recorded.
+        """
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(self.device)
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        for end in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+                getattr(torch._C, end)(index, self.pool)
+        self.renew()
         with contextlib.suppress(RuntimeError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is empty
-            graph = torch.cuda.CUDAGraph()
+            warnings.simplefilter("ignore")  # it is next to empty
+            graph = self._graph()
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 torch.zeros((), device=self.device)
             graph.reset()
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    # One for all: torch's libraries keep memory for each.
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
 
 class Recording:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+from torch import nn
+
 from axontrain.errors import ConfigurationError
 from axontrain.execution import recording
 from axontrain.execution.averaged import Averaged
@@ -44,17 +46,18 @@ def runner(
         graphing: what becomes of replays, where steps are to be; None does them kernel by kernel.
     """
     run = _of_updates(state, after_backward, cut, precision, scaler, keeps_predictions)
-    replayed = graphing is not None and not (why := _not_replayed(run, state, after_backward))
-    if compilation is not None:
-        run = _compiled(run, state, after_backward, compilation, replayed=replayed)
+    replayed = False
     if graphing is not None:
         graphing.begin()
-        if not replayed:
-            graphing.give_up(why)
-        else:
-            from axontrain.execution.graphed import Graphed
+        if graphing.chosen is not False:  # else it was tried, and took no less time
+            graphing.give_up(_not_replayed(run, state, after_backward))
+            replayed = not graphing.eager
+    if compilation is not None:
+        run = _compiled(run, state, after_backward, compilation, replayed=replayed)
+    if graphing is not None and replayed:
+        from axontrain.execution.graphed import Graphed
 
-            run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # not compiled
+        run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # not compiled
     if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
         run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():
@@ -74,6 +77,9 @@ def _not_replayed(run: Runner, state: LoopState, after_backward: Callable[[LoopS
         return "microbatch='auto' looks for memory that runs out in each step"
     if after_backward is not None:
         return "a callback looks at gradients, in after_backward"
+    for name, part in state.objective.named_modules():
+        if isinstance(part, nn.RNNBase) and part.dropout > 0 and part.num_layers > 1:
+            return f"{name or type(part).__name__} has dropout between its layers, for which cuDNN draws a seed on the host"
     updates = list(state.optimizers.values())
     if any(isinstance(update, UpdateInBackward) for update in updates):
         return "an optimizer updates within backward, from hooks of Python's"

@@ -20,8 +20,8 @@ CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, tor
 class Inputs:
     """A batch in memory that stays, into which the batches that are like it are copied.
 
-    Alike are those of the same structure, whose tensors have the same shapes, strides, dtypes and devices, and in which all
-    that is no tensor is equal.
+    Alike are those of the same structure, whose tensors have the same shapes, strides, alignment, dtypes and devices, and in
+    which all that is no tensor is equal.
 
     >>> inputs = Inputs((torch.zeros(2, 3), torch.zeros(2), "a"))
     >>> inputs.fitting((torch.ones(2, 3), torch.ones(2), "b")) is None
@@ -33,7 +33,7 @@ class Inputs:
 
     def __init__(self, batch: Any) -> None:
         self._kinds, self._structure = described(batch)
-        self.batch = mapped(batch, lambda leaf: torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf)
+        self.batch = mapped(batch, lambda leaf: _alike(leaf) if isinstance(leaf, Tensor) else leaf)
         leaves, _ = _taken_apart(self.batch)
         self._tensors = [(index, leaf) for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.take(leaves_of(batch))
@@ -49,9 +49,38 @@ class Inputs:
         for index, static in self._tensors:
             static.copy_(leaves[index], non_blocking=True)
 
+    def versions(self) -> list[int]:
+        """How often each tensor was written to."""
+        return [static._version for _, static in self._tensors]
+
     def position(self, tensor: Tensor) -> int | None:
         """Where in the batch a tensor stands, if it is one of the batch in memory."""
         return next((index for index, static in self._tensors if static is tensor), None)
+
+
+def _alike(tensor: Tensor) -> Tensor:
+    """Memory for tensors that are like one: kernels are chosen by how a tensor lies, and how far from a multiple."""
+    size, steps = tensor.element_size(), tensor.stride()
+    offset = _off(tensor) // size
+    length = 1 + sum((extent - 1) * step for extent, step in zip(tensor.shape, steps, strict=True)) if tensor.numel() else 0
+    memory = torch.empty(offset + length, dtype=tensor.dtype, device=tensor.device)
+    return memory.as_strided(tensor.shape, steps, offset)
+
+
+def _off(tensor: Tensor) -> int:
+    """By how many bytes it is off a multiple at which new memory begins: by that, too, kernels are chosen."""
+    return tensor.data_ptr() % (256 if tensor.is_cuda else 64)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of windows that slide."""
+    reach = 0
+    for step, extent in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if extent > 1:
+            if step <= reach:
+                return True
+            reach += (extent - 1) * step
+    return False
 
 
 def leaves_of(batch: Any) -> Sequence[Any]:
@@ -73,7 +102,7 @@ def unlike(batch: Any) -> str:
                 return f"the batch holds {kind_of(leaf)}, in which a step may look for anything"
         elif leaf.requires_grad:
             return f"a tensor of the batch, {kind_of(leaf)}, requires a gradient"
-        elif not is_dense(leaf):
+        elif not is_dense(leaf) or _overlaps(leaf):
             return f"a tensor of the batch, {kind_of(leaf)}, is sparse, quantized, expanded, or of a class of its own"
     return ""
 
@@ -88,7 +117,8 @@ def _taken_apart(batch: Any) -> tuple[Any, Any]:
 
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return type(leaf), leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+        lies = leaf.stride(), _off(leaf)
+        return type(leaf), leaf.shape, lies, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 
 
@@ -119,10 +149,10 @@ class Outputs:
             (update, self._index(loss), None if terms is step.values else self._terms(terms), self._index(flag))
             for update, loss, terms, flag in updated
         ]
-        rows: dict[torch.dtype, list[int]] = {}
+        rows: dict[Any, list[int]] = {}
         for index, number in enumerate(self._numbers):
             if isinstance(number, Tensor) and not number.ndim:
-                rows.setdefault(number.dtype, []).append(index)
+                rows.setdefault((number.dtype, number.device), []).append(index)
         self._rows = [torch.stack([self._numbers[index] for index in of_row]) for of_row in rows.values()]
         # What comes one after the other when the rows are taken apart, and what is the same each time or has a shape.
         self._order = [index for of_row in rows.values() for index in of_row]

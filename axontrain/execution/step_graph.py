@@ -13,7 +13,7 @@ from torch import Tensor
 
 from axontrain.execution.assumptions import Assumptions
 from axontrain.execution.rates import Rates
-from axontrain.execution.recording import Recorder
+from axontrain.execution.recording import Recorder, Recording
 from axontrain.execution.statics import Inputs, Outputs, Updated
 from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.guard import BufferGuard
@@ -44,17 +44,26 @@ class StepGraph:
         self.rates, self.assumptions = Rates(updates, whole=whole), Assumptions(run.objective)
         self.left = 0  # steps that are still to be held against eager
         self.updated: list[Updated] = []  # by the last step that was computed
-        self.gradients: list[tuple[Tensor, Tensor]] = []  # of parameters, where the update is not recorded
+        self.gradients: list[tuple[Tensor, Tensor]] = []  # of parameters, where the update is not recorded, or may raise
+        self.raises = any(update.spec.on_nonfinite == "raise" for update in updates)
+        self.recording: Recording | None = None
+        self.outputs: Outputs | None = None
 
     def compute(self) -> Step:
-        """The step of the batch in memory, as far as the device does it.
+        """The step of the batch in memory, as far as the device does it; gradients are left where updates are not recorded.
 
         Raises:
-            UnrecordableError: if an optimizer has nothing to update, or would need another rate for a second update.
+            UnrecordableError: if an optimizer has nothing to update, or would need another rate for a second update; if the
+                step writes to its batch, or to a value on the host.
         """
-        self.updated = []
+        self.updated, versions = [], self.inputs.versions()
         with self._on_device():
             step = self.run(self.inputs.batch)
+        if versions != self.inputs.versions():
+            raise UnrecordableError("a step writes to its batch, where a replay would write to a copy")
+        for name, value in step.values.items():
+            if isinstance(value, Tensor) and value.device != step.loss.device:
+                raise UnrecordableError(f"the value {name!r} is computed on {value.device}, and not where the loss is")
         updates = [update for update, *_ in self.updated]
         for update in updates:
             if update.scheduled and not update.sees_progress and updates.count(update) > 1:
@@ -86,6 +95,8 @@ class StepGraph:
             flag = update.judge(loss)
             if flag is None:
                 raise UnrecordableError(f"all parameters of the optimizer {update.name!r} are frozen")
+            if self.raises:
+                self._keep_gradients(update)
             if self.whole:
                 update.step(flag)
             update.not_finite = flag
@@ -94,27 +105,24 @@ class StepGraph:
 
         return on_device
 
-    def once(self) -> Step:
-        """The step of the batch in memory, all of it, kernel by kernel; nothing of it is counted."""
-        step = self.compute()
-        if not self.whole:
-            for update, _, _, flag in self.updated:
-                update.step(flag)
-        return step
-
     def record(self, recorder: Recorder) -> None:
         """Record it. Nothing runs, and the generators are as they were; what Python does in a step, it has done."""
         with contextlib.ExitStack() as stack:
             for update in self.updates:
                 stack.enter_context(update.recorded())
-            stack.callback(self._drop_gradients)
+            stack.callback(self.drop_gradients)
+            self.gradients = []
             with self.rates:
-                self.recording, outputs = recorder.record(self._given)
-            self.outputs: Outputs = outputs
-            if not self.whole:
-                self.gradients = [(p, p.grad) for update in self.updates for p in update.tensors if p.grad is not None]
+                self.recording, self.outputs = recorder.record(self._given)
+            if not self.whole and not self.raises:
+                for update in self.updates:
+                    self._keep_gradients(update)
 
-    def _drop_gradients(self) -> None:
+    def _keep_gradients(self, update: Update) -> None:
+        self.gradients += [(p, p.grad) for p in update.tensors if p.grad is not None]
+
+    def drop_gradients(self) -> None:
+        """Leave none behind."""
         for update in self.updates:
             for parameter in update.tensors:
                 parameter.grad = None
@@ -133,19 +141,21 @@ class StepGraph:
         if leaves is None or not self.assumptions.hold() or not self.rates.set():
             return None
         self.inputs.take(leaves)
-        self.recording.replay()
-        given = self.outputs.given(leaves)
-        if not self.whole:
-            for parameter, gradient in self.gradients:
-                parameter.grad = gradient
-            for update, _, _, flag in given[1]:
-                update.step(flag)
-        return given
+        self.recording.replay()  # type: ignore[union-attr]  # it is there from record to close
+        return self.outputs.given(leaves)  # type: ignore[union-attr]
+
+    def put_gradients(self) -> None:
+        """Put gradients of the last replay where updates, or an error about them, look for them."""
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
 
     def broken(self) -> str:
         """What of it does not hold any more, in words; "" if that has no name."""
         return self.assumptions.broken() or self.rates.broken()
 
     def close(self) -> None:
-        """Give its memory back."""
-        self.recording.close()
+        """Give its memory back, and let go of what lies in it."""
+        if self.recording is not None:
+            self.recording.close()
+        self.recording = self.outputs = None
+        self.updated, self.gradients = [], []

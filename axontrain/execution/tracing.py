@@ -49,6 +49,8 @@ class Trace(TorchDispatchMode):
 def _noted(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), str(leaf.dtype), str(leaf.device)
+    if isinstance(leaf, float) and leaf != leaf:
+        return str(leaf)
     return leaf if isinstance(leaf, (int, float, complex, str, bool, type(None))) else type(leaf).__name__
 
 

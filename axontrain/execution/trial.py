@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from statistics import median
 from time import perf_counter
 
 BLOCK, ROUNDS = 10, 5  # steps in a turn, and turns of each
+LESS = 0.98  # what is no less than that is noise
 
 
 class Trial:
@@ -40,9 +42,16 @@ class Trial:
         self._left -= 1
         return self._way
 
-    def again(self) -> None:
-        """Begin the present turn anew: a step was done in neither way."""
-        self._left, self._since = 0, 0.0
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Leave the block out: a step that can be done in one way only."""
+        self._wait()
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            self._since += perf_counter() - began if self._since else 0.0
 
     @property
     def ratio(self) -> float:
