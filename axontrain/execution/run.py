@@ -203,7 +203,6 @@ def session(run: Run) -> Iterator[None]:
         stack.enter_context(modes.training(state.objective))
         stack.enter_context(run.precision.settings())
         stack.enter_context(stream_of(state))
-        state.drop_reading()  # of a loop by hand: its means are not these
         state.start_clock()
         try:
             if hooks.before_fit is not None:
