@@ -189,9 +189,9 @@ def apart(device: torch.device) -> bool:
 
 
 def copied(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy into each first tensor, on the CPU, the second, of any device; waits once for all of them.
+    """Copy into each first tensor, a contiguous one of the CPU, the second, of any device; waits once for all of them.
 
-    Memory that is not pinned may be copied to meanwhile or before the call returns, as the driver has it: the wait is for both.
+    Into memory that is not pinned a driver may copy before the call returns or after it: the wait is for both.
     """
     devices: dict[torch.device, Road] = {}
     for into, tensor in pairs:
@@ -209,7 +209,9 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> on_cpu({"steps": torch.arange(2)})
     {'steps': tensor([0, 1])}
     """
-    away = {name: torch.empty_like(one, device="cpu") for name, one in tensors.items() if one.device.type != "cpu"}
+    away = {
+        name: torch.empty(one.shape, dtype=one.dtype, device="cpu") for name, one in tensors.items() if one.device.type != "cpu"
+    }
     copied((into, tensors[name]) for name, into in away.items())
     return {**tensors, **away}
 
