@@ -19,6 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from axontrain.errors import ConfigurationError
+from axontrain.host import Fetch, Reading, at_once
 
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")
@@ -303,10 +304,16 @@ class BufferGuard:
 
     def settle(self) -> None:
         """At a reading: large buffers that were not seen to be changed without a version are copied where that has changed."""
-        for slot, changed in list(self._unseen.items()):
-            if changed is not None:
-                self._copies[slot].each_time = bool(changed.item())
-                del self._unseen[slot]
+        at_once(self.settling())
+
+    def settling(self) -> Reading[None]:
+        """The same as a reading."""
+        asked = {slot: changed for slot, changed in self._unseen.items() if changed is not None}
+        fetch = Fetch(asked.values())
+        yield [fetch]
+        for slot, changed in zip(asked, fetch.values(), strict=True):
+            if self._unseen.pop(slot, None) is not None:
+                self._copies[slot].each_time = bool(changed)
 
 
 class Copy:

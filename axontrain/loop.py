@@ -33,7 +33,7 @@ from axontrain.execution.graphing import Graphing
 from axontrain.execution.notes import noted
 from axontrain.execution.precision import Precision
 from axontrain.execution.report import StepReport
-from axontrain.execution.run import DUE, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
+from axontrain.execution.run import DUE, LOOK_AGAIN_SECONDS, READ_EVERY_SECONDS, Run, clear_gradients, session, stream_of
 from axontrain.execution.signals import TERMINATED
 from axontrain.execution.steps import Runner
 from axontrain.metrics.meter import Meter
@@ -340,8 +340,8 @@ class Loop:
         state.last = step
         state.meter.record(step, task_of(batch))
         if perf_counter() >= self._next_reading:  # of what was skipped: nobody else may ask for a long time
-            self._next_reading = perf_counter() + READ_EVERY_SECONDS
-            state.read_updates()
+            through = state.read_later(means=False)
+            self._next_reading = perf_counter() + (READ_EVERY_SECONDS if through else LOOK_AGAIN_SECONDS)
         return step
 
     def on(

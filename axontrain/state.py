@@ -19,6 +19,7 @@ from axontrain.data.structure import to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses, warn
 from axontrain.guard import BufferGuard
 from axontrain.history import History
+from axontrain.host import Later, Reading, apart, at_once, placed, together
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names, torn
 from axontrain.objective import Step
@@ -95,6 +96,7 @@ class LoopState:
         self._waiting: dict[str, Any] = {}
         self._trained = 0.0
         self._since: float | None = None
+        self._later: Later[Any] | None = None  # a reading under way
 
     @property
     def elapsed(self) -> float:
@@ -114,10 +116,9 @@ class LoopState:
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
         """
-        self.read_updates()
-        readings = {f"train/{name}": value for name, value in self.meter.read(last=last).items()} if len(self.meter) else {}
-        self.values.update(readings)
-        return readings
+        self._later = None  # a reading under way has changed nothing, and is done anew
+        self.read_updates()  # who learns of a NaN here need not wonder at what a metric makes of it
+        return at_once(self._means(last=last))
 
     def read_updates(self) -> None:
         """Read which updates were skipped, and tell.
@@ -125,10 +126,50 @@ class LoopState:
         Raises:
             NonFiniteError: if too many in a row were.
         """
-        for optimizer in self.optimizers.values():
-            optimizer.read()
-        if self.buffers is not None:
-            self.buffers.settle()
+        at_once(together(self._of_updates()))
+
+    def read_later(self, *, means: bool = True) -> bool:
+        """Read as :meth:`read` does, without waiting for the device: now, or at a later call, when the numbers have arrived.
+
+        They are those of the step at which the reading was begun, by the first call. On the CPU they are there at once.
+
+        Args:
+            means: with the training means; else what :meth:`read_updates` reads.
+
+        Returns:
+            Whether the reading is through, so that the next call begins another.
+
+        Raises:
+            NonFiniteError: if too many updates in a row were skipped.
+        """
+        if self._later is None and not apart(_device_of(self.objective)):
+            self.read() if means else self.read_updates()
+            return True
+        later, self._later = self._later, None
+        if later is None:
+            later = Later(together([*self._of_updates(), *([self._means()] if means else [])]))
+        if not later.arrived():
+            self._later = later
+        return self._later is None
+
+    @property
+    def reading(self) -> bool:
+        """Whether a reading is under way."""
+        return self._later is not None
+
+    def drop_reading(self) -> None:
+        """Forget a reading that is under way, as a fit begins or ends."""
+        self._later = None
+
+    def _means(self, *, last: bool = False) -> Reading[dict[str, Any]]:
+        found = (yield from self.meter.reading(last=last)) if len(self.meter) else {}
+        readings = {f"train/{name}": value for name, value in found.items()}
+        self.values.update(readings)
+        return readings
+
+    def _of_updates(self) -> list[Reading[Any]]:
+        buffers = [] if self.buffers is None else [self.buffers.settling()]
+        return [*(optimizer.reading() for optimizer in self.optimizers.values()), *buffers]
 
     def skip(self, flag: Tensor) -> None:
         """Leave out the updates of the step in hand where ``flag``, a scalar tensor on any device, is above 0.
@@ -138,7 +179,9 @@ class LoopState:
         self.vetoed = True
         for optimizer in self.optimizers.values():
             veto = flag.detach().reshape(()).to(torch.float32).clamp(0.0, 1.0).ceil()
-            optimizer.veto = veto if optimizer.veto is None else torch.maximum(optimizer.veto, veto.to(optimizer.veto.device))
+            optimizer.veto = (
+                veto if optimizer.veto is None else torch.maximum(optimizer.veto, placed(veto, optimizer.veto.device))
+            )
 
     def end_vetoes(self) -> None:
         """The step is done: what was wanted of it is not of the next."""
@@ -322,6 +365,7 @@ class LoopState:
         if self.status != "running":
             self.status = "ready"
         self.last = None
+        self.drop_reading()
 
     def _raw_of(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """A saved state's weights, with the raw ones in place of averages that nobody goes on with here."""

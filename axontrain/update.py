@@ -28,6 +28,7 @@ from axontrain.errors import (
     unknown,
 )
 from axontrain.guard import Guard, on_one_device, within
+from axontrain.host import Fetch, Later, Reading, at_once, numbers, placed, together
 from axontrain.optimizer import Optimizer, build, parts
 from axontrain.schedule_free import OwnAverage, averaging
 from axontrain.shown import NAME, plain
@@ -96,6 +97,7 @@ class Update:
         self.clock: Clock | None = None
         self.scaled = False  # whether losses are scaled: then gradients overflow now and then, and nothing is wrong
         self._pending: list[Done] = []
+        self._later: Later[None] | None = None  # a reading that more of them than should wait have begun
         self._ones: dict[torch.device, Tensor] = {}
         self._zeros: dict[torch.device, list[Tensor]] = {}
         # Of the gradients that are there: whether one kernel can look through them all, and whether any is sparse.
@@ -151,7 +153,7 @@ class Update:
             A scalar float tensor: above 0 if the update was skipped.
         """
         if len(self._pending) >= MOST_PENDING:
-            self.read()
+            self._read_soon()
         if loss.ndim:
             loss = loss.reshape(())
         gradients = self._gradients(loss)
@@ -227,7 +229,7 @@ class Update:
     def ready(self) -> None:
         """Get ready for an update that somebody else does, as a graph of the whole step: set its learning rates."""
         if len(self._pending) >= MOST_PENDING:
-            self.read()
+            self._read_soon()
         if self._factor is not None:
             self._set_scheduled_rates(self._factor)
 
@@ -275,7 +277,7 @@ class Update:
 
     def _or_vetoed(self, flag: Tensor) -> Tensor:
         """The flag; above 0 too where somebody wants the step in hand skipped."""
-        return flag if self.veto is None else torch.maximum(flag, self.veto.to(flag))
+        return flag if self.veto is None else torch.maximum(flag, placed(self.veto, flag.device).to(flag))
 
     def _without_gradients(self, loss: Tensor) -> Tensor:
         if any(p.requires_grad for p in self.tensors):
@@ -325,23 +327,28 @@ class Update:
         Raises:
             NonFiniteError: after ``patience`` in a row.
         """
-        flags = self._flags()
-        self.skipped += self._skips(flags)
-        pending, self._pending = self._pending, []
-        skipped, self.in_a_row, longest = _counted(flags, self.in_a_row)
-        if not skipped:
-            self.bad_losses = 0
-            return
-        patience, halvings = self.spec.patience, ""
+        at_once(self.reading())
+
+    def reading(self) -> Reading[None]:
+        """The same as a reading, of the updates that are done when it is begun; until its end it changes nothing."""
+        pending = list(self._pending)
+        flags, skips = yield from _flags(pending)
+        skipped, in_a_row, longest = _counted(flags, self.in_a_row)
+        patience, halvings, bad_losses = self.spec.patience, "", self.bad_losses if skipped else 0
         if self.scaled and longest >= patience + HALVINGS:
             halvings = f" after {HALVINGS} halvings of the loss scale"
-        elif self.scaled:  # gradients overflow until the scale is right, and nothing is wrong; a loss is not scaled yet
-            flags = _of_losses(flags, pending)
-            skipped, self.bad_losses, longest = _counted(flags, self.bad_losses)
-            if not skipped:
-                return
+        elif self.scaled and skipped:  # gradients overflow until the scale is right, and nothing is wrong; a loss is not scaled
+            flags = yield from _of_losses(flags, pending)
+            skipped, bad_losses, longest = _counted(flags, bad_losses)
         left_out = [done for flag, done in zip(flags, pending, strict=True) if flag]
-        told = "; ".join(f"step {done.step}: {_terms(done.loss, done.terms)}" for done in left_out[:4])
+        terms = yield from together([_terms(done.loss, done.terms) for done in left_out[:4]])
+        if pending and not (self._pending and self._pending[0] is pending[0]):
+            return  # somebody has read them meanwhile, or went on from another state
+        self._pending = self._pending[len(pending) :]
+        self.skipped, self.in_a_row, self.bad_losses = self.skipped + skips, in_a_row, bad_losses
+        if not left_out:
+            return
+        told = "; ".join(f"step {done.step}: {of_done}" for done, of_done in zip(left_out, terms, strict=False))
         more = f"; ... step {left_out[-1].step}" if skipped > 4 else ""
         many, were = ("1 update", "was") if skipped == 1 else (f"{skipped} updates", "were")
         message = f"{many} of the optimizer {self.name!r} {were} skipped as not finite ({told}{more})"
@@ -352,6 +359,14 @@ class Update:
                 [done.step for done in left_out],
             )
         warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)
+
+    def _read_soon(self) -> None:
+        """More updates wait than should: read them when they have arrived; wait for them where twice as many do."""
+        later, self._later = self._later or Later(self.reading()), None
+        if len(self._pending) >= 2 * MOST_PENDING:
+            self.read()
+        elif not later.arrived():
+            self._later = later
 
     def rescale(self, factor: float, minimum: float = 0.0) -> None:
         """Multiply the learning rate of every group from now on by ``factor``, down to ``minimum`` in the first group."""
@@ -397,8 +412,8 @@ class Update:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state by parameter name, its options, its schedule, and what was skipped."""
-        flags = self._flags()
-        in_a_row = _counted(flags, self.in_a_row)[1]
+        flags, skips = at_once(_flags(self._pending))
+        of_losses = at_once(_of_losses(flags, self._pending)) if self.scaled else []
         return {
             "optimizers": [self._part_state(optimizer) for optimizer in self._kept],
             "schedulers": [
@@ -406,9 +421,9 @@ class Update:
             ],
             "scale": self.scale,
             "unscaled": list(self._unscaled),
-            "skipped": self.skipped + self._skips(flags),
-            "in_a_row": in_a_row,
-            "bad_losses": _counted(_of_losses(flags, self._pending), self.bad_losses)[1] if self.scaled else 0,
+            "skipped": self.skipped + skips,
+            "in_a_row": _counted(flags, self.in_a_row)[1],
+            "bad_losses": _counted(of_losses, self.bad_losses)[1] if self.scaled else 0,
             "average": None if self.average is None else self.average.state_dict(),
         }
 
@@ -500,7 +515,7 @@ class Update:
             scheduler.load_state_dict(_restored(saved["state"], scheduler.state_dict()))
         self.scale, self._unscaled = state["scale"], list(state["unscaled"])
         self.skipped, self.in_a_row, self.bad_losses = state["skipped"], state["in_a_row"], state["bad_losses"]
-        self._pending, self._looked_at = [], []
+        self._pending, self._later, self._looked_at = [], None, []
         if self._unscaled and self.scale == 1 and not self.single:  # of a run on a GPU
             for group, rate in zip(self._groups(), self._unscaled, strict=True):
                 _set_rate(group, rate)
@@ -592,16 +607,6 @@ class Update:
         """A rate as it is kept in a group."""
         return ctypes.c_float(rate).value if self.single and self.scheduled else rate
 
-    def _flags(self) -> list[float]:
-        return torch.stack([done.not_finite for done in self._pending]).tolist() if self._pending else []
-
-    def _skips(self, flags: list[float]) -> int:
-        """How many of those that wait were skipped, for whatever reason."""
-        vetoed = [done.skipped for done in self._pending if done.skipped is not done.not_finite]
-        of_vetoed = iter(torch.stack(vetoed).tolist() if vetoed else [])
-        both = zip(flags, self._pending, strict=True)
-        return sum(bool(flag if done.skipped is done.not_finite else next(of_vetoed)) for flag, done in both)
-
     def _look_at(self, gradients: list[Tensor], loss: Tensor) -> None:
         self._sparse = any(g.is_sparse for g in gradients)
         alike = all(g.dtype is loss.dtype and g.device == loss.device for g in gradients)
@@ -644,14 +649,12 @@ class Update:
 
     def _error(self, loss: Tensor, terms: Mapping[str, Any]) -> NonFiniteError:
         step = self._number()
-        bad = [
-            name
-            for name, p in self.parameters.items()
-            if p.grad is not None and not bool(torch.isfinite(p.grad._values() if p.grad.is_sparse else p.grad).all())
-        ]
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        finite = Fetch(torch.isfinite(g._values() if g.is_sparse else g).all() for g in gradients.values()).values()
+        bad = [name for name, is_finite in zip(gradients, finite, strict=True) if not is_finite]
         where = f"; gradients of {', '.join(bad[:6])}{', ...' if len(bad) > 6 else ''} are not finite" if bad else ""
         by = f"nothing was updated by the optimizer {self.name!r} (on_nonfinite='raise')"
-        return NonFiniteError(f"step {step}: {_terms(loss, terms)}{where}; {by}", [step])
+        return NonFiniteError(f"step {step}: {at_once(_terms(loss, terms))}{where}; {by}", [step])
 
     def _grouped(self, optimizer: torch.optim.Optimizer) -> list[list[str]]:
         """The names of an optimizer's parameters, group by group."""
@@ -712,9 +715,22 @@ def _counted(flags: list[float], in_a_row: int) -> tuple[int, int, int]:
     return sum(map(bool, flags)), in_a_row, longest
 
 
-def _of_losses(flags: list[float], pending: list[Done]) -> list[float]:
+def _flags(pending: list[Done]) -> Reading[tuple[list[float], int]]:
+    """Which updates were not finite, and how many were skipped, for whatever reason."""
+    vetoed = [done.skipped for done in pending if done.skipped is not done.not_finite]
+    both = [[done.not_finite for done in pending], vetoed]
+    fetch = Fetch(torch.stack(flags) if flags else [] for flags in both)
+    yield [fetch]
+    flags, of_vetoed = fetch.values()
+    own = sum(bool(flag) for flag, done in zip(flags, pending, strict=True) if done.skipped is done.not_finite)
+    return flags, own + sum(map(bool, of_vetoed))
+
+
+def _of_losses(flags: list[float], pending: list[Done]) -> Reading[list[float]]:
     """Those of the flags that are of a loss that is not finite by itself."""
-    return [float(flag and not math.isfinite(float(done.loss))) for flag, done in zip(flags, pending, strict=True)]
+    fetch = Fetch(done.loss if flag else 0.0 for flag, done in zip(flags, pending, strict=True))
+    yield [fetch]
+    return [float(not math.isfinite(loss)) for loss in fetch.values()]
 
 
 def _check_kinds(of: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -764,8 +780,8 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _terms(loss: Tensor, terms: Mapping[str, Any]) -> str:
-    told = {"loss": float(loss), **{name: float(value) for name, value in terms.items()}}
+def _terms(loss: Tensor, terms: Mapping[str, Any]) -> Reading[str]:
+    told = yield from numbers({"loss": loss, **terms})
     values = ", ".join(f"{name} {value:g}" for name, value in told.items())
     return values if not all(map(math.isfinite, told.values())) else f"{values}, gradients not finite"
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from axontrain.callback import Answer, Callback, GoBack
 from axontrain.checkpoint import runs
 from axontrain.errors import ConfigurationError, warn, whole
+from axontrain.host import Fetch, Later, Reading, at_once, placed
 from axontrain.state import LoopState, Stop
 
 RISE = 0.1  # no leap is smaller than this share of the mean
+Found = tuple[int, Tensor]  # a step, and on the device: leapt, loss, mean, deviation, leaps in a row
 
 
 class SpikeGuard(Callback):
@@ -33,7 +35,8 @@ class SpikeGuard(Callback):
         rollback: how many leaps in a row; None never goes back.
         margin: updates before the first leap to be left out too.
         most: so often it goes back at most; the next time it stops the fit.
-        look: every so many steps it looks at what the device has found: to tell, and to go back.
+        look: every so many steps it looks at what the device has found: to tell, and to go back. On a GPU it acts when that has
+            arrived, a step or more later.
 
     >>> SpikeGuard(deviations=5, rollback=10)
     SpikeGuard(deviations=5, window=200, rollback=10)
@@ -66,8 +69,10 @@ class SpikeGuard(Callback):
         self.left_out: list[list[int]] = []  # first and last of steps that are done without an update, counted from 0
         self.times = 0  # so often it went back
         self._usual: Tensor | None = None  # mean, variance, losses seen, leaps in a row
-        self._found: list[tuple[int, Tensor]] = []  # since the last look: step; leapt, loss, mean, deviation, leaps in a row
+        self._found: list[Found] = []  # since the last look
         self._told = 0  # of those
+        self._asked = 0  # of those: a look at so many is under way
+        self._later: Later[list[tuple[int, list[float]]]] | None = None  # their numbers on the way
         self._step = -1
 
     def __repr__(self) -> str:
@@ -80,7 +85,7 @@ class SpikeGuard(Callback):
             raise ConfigurationError("SpikeGuard judges one loss a step, and this train_step yields several")
         if self.rollback is not None and state.directory is None:
             raise ConfigurationError("SpikeGuard(rollback=...) goes back to a checkpoint: Loop(..., directory=...) has them")
-        self._step = -1
+        self._step, self._later = -1, None
         return None
 
     @torch.no_grad()
@@ -92,8 +97,8 @@ class SpikeGuard(Callback):
         dtype = torch.float32 if state.loss.device.type == "mps" else torch.float64
         loss = state.loss.detach().reshape(()).to(dtype)
         if self._usual is None:
-            self._usual = torch.zeros(4, dtype=dtype)
-        mean, variance, seen, row = self._usual.to(loss.device).unbind()
+            self._usual = torch.zeros(4, dtype=dtype, device=loss.device)
+        mean, variance, seen, row = placed(self._usual, loss.device).unbind()
         finite = torch.isfinite(loss)
         deviation = variance.sqrt()
         bound = mean + torch.maximum(self.deviations * deviation, RISE * mean.abs())
@@ -115,17 +120,20 @@ class SpikeGuard(Callback):
 
     def after_batch(self, state: LoopState) -> Answer:
         """Look at what was found, now and then."""
-        return self._read(state) if state.step % self.look == 0 else None
+        if state.step % self.look == 0 and not self._asked:
+            self._asked = len(self._found)
+        return self._read(state) if self._asked else None
 
     def after_fit(self, state: LoopState) -> Answer:
         """Tell of the rest; what it comes to is for the next look, if the run goes on."""
-        self._tell(self._values())
+        self._later = None
+        self._tell(at_once(_values(self._found)))
         return None
 
     def state_dict(self) -> dict[str, Any]:
         """What is usual, which updates are left out, and what was not looked at yet."""
-        found = {"steps": [step for step, _ in self._found], "told": self._told}
-        values = torch.stack([values for _, values in self._found]) if self._found else None
+        found = {"steps": [step for step, _ in self._found], "told": self._told, "asked": self._asked}
+        values = _together(self._found) if self._found else None
         left_out = [list(steps) for steps in self.left_out]
         return {"usual": self._usual, "left_out": left_out, "times": self.times, "found": found, "values": values}
 
@@ -134,11 +142,8 @@ class SpikeGuard(Callback):
         self._usual, self.times, self._told = state["usual"], state["times"], state["found"]["told"]
         values = [] if state["values"] is None else state["values"].unbind()
         self._found = list(zip(state["found"]["steps"], values, strict=True))
+        self._asked, self._later = state["found"].get("asked", 0), None
         self.left_out = [[int(first), int(last)] for first, last in state["left_out"]]
-
-    def _values(self) -> list[tuple[int, list[float]]]:
-        values = torch.stack([values.cpu() for _, values in self._found]).tolist() if self._found else []
-        return [(step, of_step) for (step, _), of_step in zip(self._found, values, strict=True)]
 
     def _tell(self, found: list[tuple[int, list[float]]]) -> None:
         found, self._told = found[self._told :], len(found)
@@ -150,9 +155,14 @@ class SpikeGuard(Callback):
             warn(f"SpikeGuard left out {len(leaps)} update{'s' if len(leaps) > 1 else ''}: {'; '.join(leaps[:3])}{more}")
 
     def _read(self, state: LoopState) -> Answer:
-        found = self._values()
+        if self._later is None:
+            self._later = Later(_values(self._found[: self._asked]))
+        if not self._later.arrived():
+            return None
+        found, self._later = self._later.result, None
+        told = self._told
         self._tell(found)
-        self._found, self._told = [], 0
+        self._found, self._told, self._asked = self._found[len(found) :], max(0, told - len(found)), 0
         if self.rollback is None:
             return None
         rows = [(step, int(row)) for step, (*_, row) in found if row >= self.rollback]
@@ -184,3 +194,15 @@ class SpikeGuard(Callback):
         begun = 0 if state.plan is None else state.plan.start_step  # at which the state is still of the fit before
         there = [one for one in runs.entries(state.directory) if one.step <= before and (one.step > begun or not begun)]
         return next((entry.path for entry in reversed(there) if runs.verified(entry)), None)
+
+
+def _together(found: list[Found]) -> Tensor:
+    device = found[-1][1].device  # those that came from a file are on the CPU
+    return torch.stack([placed(values, device) for _, values in found])
+
+
+def _values(found: list[Found]) -> Reading[list[tuple[int, list[float]]]]:
+    """What was found, by step, as numbers."""
+    fetch = Fetch([_together(found) if found else []])
+    yield [fetch]
+    return [(step, of_step) for (step, _), of_step in zip(found, fetch.values()[0], strict=True)]

@@ -15,6 +15,7 @@ from axontrain.execution import flops as counting
 from axontrain.execution import memory
 from axontrain.execution.peaks import kind_of_numbers, peak_of
 from axontrain.execution.stopwatch import Stopwatch
+from axontrain.host import item
 from axontrain.objective import Objective, Supervised, batch_size, task_of
 from axontrain.state import LoopState
 
@@ -167,7 +168,7 @@ class Throughput(Reader):
         if self._steps and seconds > 0:
             per_second = {"steps": self._steps, "samples": state.samples - self._samples}
             if self._counts_weight or self.tokens is not None:
-                per_second["tokens"] = int(self._tokens)
+                per_second["tokens"] = item(self._tokens) if isinstance(self._tokens, Tensor) else self._tokens
             readings: dict[str, float] = {f"{name}_per_second": count / seconds for name, count in per_second.items()}
             readings["data_wait"] = times.get(WAIT, 0.0) / seconds
             if self._peak is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import CheckpointError, kind_of
+from axontrain.host import on_cpu
 from axontrain.shown import LONGEST, plain, quoted
 
 TENSOR, FLOAT = "$tensor", "$float"
@@ -177,8 +178,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give each tensor a storage of its own, which safetensors insists on: tied weights and slices are written each whole."""
     apart: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, given in tensors.items():
-        tensor = given.to("cpu").contiguous()
+    for name, given in on_cpu(tensors).items():
+        tensor = given.contiguous()
         storage = tensor.untyped_storage().data_ptr()
         apart[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)

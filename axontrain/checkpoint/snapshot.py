@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from axontrain.host import copied
+
 ALIGNMENT = 64
 LARGE = 2**20  # the fork may keep what is smaller
 DONTFORK, DOFORK, POPULATE_WRITE = 10, 11, 23  # of Linux: see madvise(2)
@@ -62,7 +64,8 @@ class Snapshot:
                 taken[name] = torch.empty_like(tensor, device="cpu")
                 continue
             place = self._memory[places[name] : places[name] + tensor.nbytes]
-            taken[name] = place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            taken[name] = place.view(tensor.dtype).view(tensor.shape)
+        copied((taken[name], tensor) for name, tensor in tensors.items() if tensor.nbytes)
         return taken
 
 

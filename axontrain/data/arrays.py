@@ -14,6 +14,7 @@ from torch import Tensor
 
 from axontrain.data.structure import fields, is_record
 from axontrain.errors import ConfigurationError, DataError, OutOfRangeError, kind_of
+from axontrain.host import placed
 
 if TYPE_CHECKING:
     from axontrain.data.frames import Columns, Spec
@@ -222,13 +223,6 @@ class ArrayDataset:
             if isinstance(error, IndexError) or n == 0:
                 _raise_outside(indices, n, error)
             raise
-
-
-def placed(indices: Tensor, device: torch.device) -> Tensor:
-    """Indices on the device of what they pick from; to a GPU without waiting for it."""
-    if device.type == "cuda" and indices.device.type == "cpu":
-        return indices.pin_memory().to(device, non_blocking=True)
-    return indices.to(device)
 
 
 def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:

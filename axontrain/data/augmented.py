@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from axontrain.data.arrays import placed
 from axontrain.data.draws import Draw
 from axontrain.data.structure import fields, is_record, rebuilt
 from axontrain.errors import ConfigurationError, DataError, kind_of
+from axontrain.host import placed
 from axontrain.objective import TaskBatch
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from axontrain.data.arrays import ArrayDataset, placed
+from axontrain.data.arrays import ArrayDataset
 from axontrain.data.augmented import Augment, Numbered
 from axontrain.data.collate import Pad
 from axontrain.data.iterables import Source
@@ -29,6 +29,7 @@ from axontrain.data.splitting import Subset
 from axontrain.data.structure import share_of
 from axontrain.data.workers import Workers, checked_method
 from axontrain.errors import ConfigurationError, DataError, kind_of, reject, whole
+from axontrain.host import placed
 from axontrain.randomness import kept
 
 # Gathering this much at once and cutting it into views is faster than gathering each batch: the call costs more than

@@ -35,9 +35,13 @@ def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move every tensor of a batch, whatever its structure."""
     ahead = device.type != "cpu"  # what comes to the CPU would be read before it is there
+    pins = device.type == "cuda"
 
     def move(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
+            # From memory that is not pinned the copy would wait until the device has come to it.
+            if pins and leaf.device.type == "cpu" and not leaf.requires_grad and leaf.layout is torch.strided:
+                leaf = leaf.pin_memory() if leaf.is_contiguous() else leaf
             return leaf.to(device, non_blocking=ahead)
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 

@@ -23,7 +23,7 @@ def look_up(run: Run) -> bool:
         if run.validate.due(state):
             _read_and_validate(run)
         elif perf_counter() >= run.next_reading:
-            state.read()
+            state.read_later()
         run.save()
     run.look_ahead()
     return state.request is not None or run.interrupted() or run.plan.over(state) is not None

@@ -25,6 +25,7 @@ from axontrain.errors import ConfigurationError, DataError, LossError, kind_of, 
 from axontrain.execution.beginning import Beginning, Changing
 from axontrain.execution.precision import Precision, Scaler
 from axontrain.execution.steps import OneLoss, SeveralLosses, check, let_go
+from axontrain.host import placed, scalar
 from axontrain.objective import Accumulated, Objective, Step, TaskBatch, batch_size
 from axontrain.state import LoopState
 from axontrain.update import Update
@@ -310,13 +311,13 @@ class Sums:
         """Add the gradient of a part's loss, the mean over ``weight`` items."""
         self.left -= 1
         if isinstance(weight, Tensor):  # of the loss's own precision: whole numbers would be divided in float32
-            weight = weight.detach().reshape(()).to(torch.promote_types(torch.float32, loss.dtype))
+            weight = placed(weight.detach().reshape(()), loss.device).to(torch.promote_types(torch.float32, loss.dtype))
         self.weight = self.weight + weight
         if isinstance(weight, Tensor):
             if self.near is None:
                 self.near = weight.clamp_min(1) * self.count
             self._alive = weight > 0
-            scaled = torch.where(self._alive.to(loss.device), loss.reshape(()) * (weight / self.near).to(loss.device), 0)
+            scaled = torch.where(self._alive, loss.reshape(()) * (weight / self.near).to(loss.device), 0)
         elif weight or (not self.left and not isinstance(self.weight, Tensor) and not self.weight):
             if self.near is None:
                 self.near = self.samples
@@ -370,13 +371,16 @@ def merged(steps: Sequence[tuple[Step, int]]) -> Step:
     if len(steps) == 1:
         return first
     device = first.loss.device
-    weights = torch.stack([torch.as_tensor(step.weight, device=device).reshape(()).to(torch.float64) for step, _ in steps])
+    weights = torch.stack([scalar(step.weight, device).reshape(()).to(torch.float64) for step, _ in steps])
     whole = weights.sum()
 
     def mean(values: Mapping[int, Any]) -> Tensor:
         """Over the items of the parts, by number, that have a value."""
-        stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values.values()])
-        own, total = (weights, whole) if len(values) == len(steps) else (of := weights[list(values)], of.sum())
+        stacked = torch.stack([scalar(value, device).detach().reshape(()) for value in values.values()])
+        own, total = weights, whole
+        if len(values) < len(steps):
+            own = torch.stack([weights[index] for index in values])
+            total = own.sum()
         of_all = torch.where(own > 0, stacked * own, 0.0).sum() / total
         return of_all.to(stacked.dtype if stacked.is_floating_point() else torch.float32)
 

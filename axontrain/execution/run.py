@@ -28,9 +28,9 @@ from axontrain.metrics.meter import Meter
 from axontrain.objective import Objective, Step, task_of
 from axontrain.state import LoopState, Result, Stop, StopEpoch
 
-# Readings cost a wait for the device: often enough for an eye on the bar, too seldom to be felt.
 SIGNALLED = 0.3  # seconds within which a signal reaches all of a group of processes
-READ_EVERY_SECONDS = 1.0
+READ_EVERY_SECONDS = 1.0  # often enough for an eye on the bar, too seldom to be felt
+LOOK_AGAIN_SECONDS = 0.005  # whether a reading has arrived from the device
 # What an interruption can leave undone at the end of a step: all of validating, all but the draws before it, after_epoch; or
 # all that is due.
 VALIDATE, EVALUATE, AFTER_EPOCH = "validate", "evaluate", "after epoch"
@@ -171,7 +171,7 @@ class Run:
         self.next_step = min(plan.last_step, self.validate.next_step(state), *(s.next_step(state) for s in self.savers))
         now = time.perf_counter()
         if now >= self.next_reading:
-            self.next_reading = now + READ_EVERY_SECONDS
+            self.next_reading = now + (LOOK_AGAIN_SECONDS if state.reading else READ_EVERY_SECONDS)
         left = min([self.validate.seconds_left(state), *(saver.seconds_left(state) for saver in self.savers)])
         self.next_time = min(self.next_reading, now + left)
         if plan.seconds is not None:
@@ -238,6 +238,7 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            state.drop_reading()  # all that it would have counted is counted at the next
             state.end_vetoes()  # of a step that was not done
             state.show_averages()
             run.batch = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import MetricError, kind_of
+from axontrain.host import Fetch, Reading, apart, at_once, placed
 
 # name -> tensor (2,) of [sum of weight * value, sum of weight]
 Sums = dict[str, Tensor]
@@ -29,11 +30,17 @@ def summed(entries: Mapping[str, Sequence[Entry]]) -> Sums:
     """
     sums: Sums = {}
     for name, of_name in entries.items():
-        values = _stacked([value for value, _, _ in of_name], name)
-        weights = _stacked([weight for _, weight, _ in of_name], name).to(values.device)
+        parts = [
+            _stacked([value for value, _, _ in of_name], name),
+            _stacked([weight for _, weight, _ in of_name], name),
+        ]
         if any(flag is not None for _, _, flag in of_name):
-            flags = _stacked([0.0 if flag is None else flag for _, _, flag in of_name], name).to(values.device)
-            weights = torch.where(flags > 0, 0.0, weights)
+            parts.append(_stacked([0.0 if flag is None else flag for _, _, flag in of_name], name))
+        # A value that is on the CPU goes to where its weight or its flag is, which would have to be waited for.
+        device = next((part.device for part in parts if apart(part.device)), parts[0].device)
+        values, weights, *flags = [placed(part, device) for part in parts]
+        if flags:
+            weights = torch.where(flags[0] > 0, 0.0, weights)
         weighted = torch.where(weights > 0, values * weights, 0.0)
         sums[name] = torch.stack([weighted.sum(), weights.sum()])
     return sums
@@ -49,11 +56,22 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 def means(sums: Sums) -> dict[str, float]:
     """Read the means to the host, all at once; a name that no item spoke of is NaN."""
-    if not sums:
-        return {}
-    device = next(iter(sums.values())).device
-    rows = torch.stack([of_name.to(device) for of_name in sums.values()]).tolist()
-    return {name: total / weight if weight else float("nan") for name, (total, weight) in zip(sums, rows, strict=True)}
+    return at_once(reading(sums))
+
+
+def reading(sums: Sums) -> Reading[dict[str, float]]:
+    """The same as a reading, of the sums as they are when it is begun."""
+    names: dict[torch.device, list[str]] = {}
+    for name, of_name in sums.items():
+        names.setdefault(of_name.device, []).append(name)
+    fetch = Fetch(torch.stack([sums[name] for name in of_device]) for of_device in names.values())
+    yield [fetch]
+    found = {
+        name: total / weight if weight else float("nan")
+        for of_device, rows in zip(names.values(), fetch.values(), strict=True)
+        for name, (total, weight) in zip(of_device, rows, strict=True)
+    }
+    return {name: found[name] for name in sums}
 
 
 def _stacked(values: list[Any], name: str) -> Tensor:
@@ -70,14 +88,14 @@ def _stacked(values: list[Any], name: str) -> Tensor:
             raise MetricError(f"the reading {name!r} is {kind_of(tensor)}; a reading is a scalar")
     if not tensors:
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
-    first = tensors[0]
+    first = next((tensor for tensor in tensors if apart(tensor.device)), tensors[0])
     precision = torch.float32 if first.device.type == "mps" else torch.float64  # mps has no double
     if len(tensors) == len(values):
         return torch.stack([t.detach().reshape(()) for t in tensors]).to(precision)
     made = [
-        value.detach().reshape(()).to(first.device, precision)
+        placed(value.detach().reshape(()), first.device).to(precision)
         if isinstance(value, Tensor)
-        else torch.tensor(float(value), dtype=precision, device=first.device)
+        else torch.full((), float(value), dtype=precision, device=first.device)
         for value in values
     ]
     return torch.stack(made)

@@ -18,7 +18,9 @@ from torch import Tensor
 from axontrain import randomness
 from axontrain.data.structure import mapped
 from axontrain.errors import MetricError, kind_of
-from axontrain.metrics.means import Entry, Sums, means, merge, summed
+from axontrain.host import Fetch, Reading, apart, at_once, item, together
+from axontrain.metrics.means import Entry, Sums, merge, summed
+from axontrain.metrics.means import reading as of_sums
 from axontrain.metrics.registry import Built, build, resolve
 from axontrain.objective import Step, batch_size
 from axontrain.shown import plain
@@ -88,12 +90,20 @@ class Meter:
 
         With ``last`` nothing will be, before a reset: that spares a copy of the metrics.
         """
-        readings: dict[str, Any] = means(merge(self._sums, self._fold()))
+        return at_once(self.reading(last=last))
+
+    def reading(self, *, last: bool = False) -> Reading[dict[str, Any]]:
+        """The same as a reading, of what has been taken in when it is begun."""
+        sums = merge(self._sums, self._fold())
         self._build_as_before()
-        for tally in self._tallies or ():
-            readings |= tally.read(last)
-        for task, meter in self._of_tasks.items():
-            readings |= {f"{task}/{name}": value for name, value in meter.read(last=last).items()}
+        parts = [of_sums(sums), *(tally.reading(last) for tally in self._tallies or ())]
+        tasks = list(self._of_tasks)
+        found = yield from together([*parts, *(self._of_tasks[task].reading(last=last) for task in tasks)])
+        readings: dict[str, Any] = {}
+        for of_part in found[: len(parts)]:
+            readings |= of_part
+        for task, of_task in zip(tasks, found[len(parts) :], strict=True):
+            readings |= {f"{task}/{name}": value for name, value in of_task.items()}
         return readings
 
     def reset(self) -> None:
@@ -253,12 +263,11 @@ class _Joined:
         predictions, targets, weights = _together(group)
         return cls(predictions, targets, torch.stack(flags), weights, rows)
 
-    def kept(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """Read the flags: what is left without the steps that were skipped, None if that is nothing."""
-        read = self.skipped.tolist()
-        if not any(read):
+    def kept(self, flags: list[float]) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What is left without the steps that were skipped, by the flags that were read; None if that is nothing."""
+        if not any(flags):
             return self.predictions, self.targets, self.weights
-        kept = [step for step, flag in zip(self.steps(), read, strict=True) if not flag]
+        kept = [step for step, flag in zip(self.steps(), flags, strict=True) if not flag]
         return _together(kept) if kept else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,13 +282,32 @@ class _Joined:
         return list(zip(predictions, targets, self.skipped.unbind(), weights, strict=True))
 
 
+class _Group:
+    """Steps that wait until it is known which of them were skipped, and the flags that tell, on their way to the host."""
+
+    def __init__(self, steps: list[Waiting], *, join: bool = False) -> None:
+        joined = _Joined.of(steps) if join else None
+        self.steps: _Joined | list[Waiting] = steps if joined is None else joined
+        flags = [flag for _, _, flag, _ in steps if flag is not None]
+        self.flags = Fetch([torch.stack(flags) if joined is None else joined.skipped]) if flags else None
+
+    def known(self) -> bool:
+        """Whether the flags have arrived."""
+        return self.flags is None or self.flags.arrived()
+
+    def bytes(self) -> int:
+        """In the predictions and targets that wait."""
+        steps = [(self.steps.predictions, self.steps.targets)] if isinstance(self.steps, _Joined) else self.steps
+        return sum(_bytes(predictions) + _bytes(targets) for predictions, targets, *_ in steps)
+
+
 class _Tally:
     """One torchmetrics metric, and the predictions that it has not been given yet."""
 
     def __init__(self, built: Built) -> None:
         assert built.metric is not None
         self.built, self.name, self.metric = built, built.name, built.metric
-        self.groups: list[_Joined | list[Waiting]] = []  # of FOLD steps each, before those that are waiting
+        self.groups: list[_Group] = []  # of FOLD steps each, before those that are waiting
         self.waiting: list[Waiting] = []
         self.bytes = 0
         self.updates = 0
@@ -292,7 +320,7 @@ class _Tally:
         joined = self.built.joinable and size <= SMALL_BYTES
         if not joined and not (self.listed and skipped is not None):
             if self.groups or self.waiting:
-                self._consume(rest=True)
+                self._consume(rest=True, wait=True)
             self._update(predictions, targets, skipped, weights)
             return
         # Copies: a model may write its outputs into one buffer, a loader its batches.
@@ -306,24 +334,37 @@ class _Tally:
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and self.groups):
-            self._consume(rest=not self.built.joinable)
+            self._consume(rest=not self.built.joinable, wait=self.bytes > 2 * MOST_BYTES)
 
-    def read(self, last: bool) -> dict[str, Any]:
-        self._consume(rest=last)
-        metric, updates = self.metric, self._kept()
-        if self.waiting:
+    def reading(self, last: bool) -> Reading[dict[str, Any]]:
+        self._consume(rest=last, wait=last)
+        metric, updates, skips, twin = self.metric, self.updates, self.skips, self.built.twin
+        groups = [*self.groups, *([_Group(list(self.waiting))] if self.waiting else [])]
+        # A copy, where more is to go into it, or has to be computed when more may have come.
+        if groups or (twin is None and not last and apart(metric.device)):
             metric = metric.clone()
-            updates += self._give(metric, self.waiting)
-        if not updates:
+        if groups:
+            yield [group.flags for group in groups if group.flags is not None]
+            updates += sum(self._give(metric, group) for group in groups)
+        states = {} if twin is None else {key: getattr(metric, key) for key in metric._defaults}
+        fetch = Fetch([0 if skips is None else skips, *states.values()])
+        yield [fetch]
+        undone, *values = fetch.there()
+        if updates == int(undone):
             return {}  # nothing to speak of: all steps were skipped
         try:
-            value = self.built.read(metric.compute())
+            if twin is not None:
+                for key, value in zip(states, values, strict=True):
+                    setattr(twin, key, value)
+                twin._update_count, twin._computed = updates, None
+                metric = twin
+            value = yield from self.built.reading(metric.compute())
         except MetricError:
             raise
         except Exception as error:
             raise MetricError(f"the metric {self.name!r} cannot be computed: {error}") from error
         if isinstance(value, dict):
-            return {f"{self.name}/{key}": item for key, item in value.items()}
+            return {f"{self.name}/{key}": part for key, part in value.items()}
         return {self.name: value}
 
     def reset(self) -> None:
@@ -333,7 +374,7 @@ class _Tally:
     def _kept(self) -> int:
         """How many updates were of steps that were not skipped."""
         if self.skips is not None:
-            self.updates, self.skips = self.updates - int(self.skips), None
+            self.updates, self.skips = self.updates - item(self.skips), None
         return self.updates
 
     def state_dict(self) -> dict[str, Any]:
@@ -341,8 +382,8 @@ class _Tally:
         waiting: list[Any] = []
         # Joined, since a file of many small tensors takes long to write.
         last = _Joined.of(self.waiting) if self.waiting and self.built.joinable else None
-        for group in (*self.groups, last or self.waiting):
-            waiting += [group.state_dict()] if isinstance(group, _Joined) else map(list, group)
+        for steps in (*(group.steps for group in self.groups), last or self.waiting):
+            waiting += [steps.state_dict()] if isinstance(steps, _Joined) else map(list, steps)
         return {
             "states": {k: list(v) if isinstance(v, list) else v.clone() for k, v in states.items()},
             "waiting": waiting,
@@ -368,38 +409,36 @@ class _Tally:
 
     def _join(self) -> None:
         """Make a group of what waits, of one tensor each where that can be."""
-        joined = _Joined.of(self.waiting) if self.built.joinable else None
-        self.groups.append(self.waiting if joined is None else joined)
+        self.groups.append(_Group(self.waiting, join=self.built.joinable))
         self.waiting = []
 
-    def _consume(self, *, rest: bool) -> None:
-        """Give the metric the complete groups, and the ``rest`` too if it says so."""
-        groups, self.groups = self.groups, []
+    def _consume(self, *, rest: bool, wait: bool) -> None:
+        """Give the metric the complete groups, and the ``rest`` too if it says so; unless ``wait``, those of known flags."""
         if rest and self.waiting:
-            groups.append(self.waiting)
+            self.groups.append(_Group(self.waiting))
             self.waiting = []
-        for group in groups:
-            self.updates += self._give(self.metric, group)
-        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting)
+        while self.groups and (wait or self.groups[0].known()):
+            self.updates += self._give(self.metric, self.groups.pop(0))
+        self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting) + sum(group.bytes() for group in self.groups)
 
-    def _give(self, metric: Any, group: _Joined | list[Waiting]) -> int:
-        if isinstance(group, _Joined):
-            kept = group.kept()
+    def _give(self, metric: Any, group: _Group) -> int:
+        steps, flags = group.steps, [] if group.flags is None else group.flags.values()[0]
+        if isinstance(steps, _Joined):
+            kept = steps.kept(flags)
             if kept is None:
                 return 0
             self._checked(metric, *kept)
             return 1
-        flags = [flag for _, _, flag, _ in group if flag is not None]
-        if flags and any(read := torch.stack(flags).tolist()):
-            left_out = iter(read)
-            group = [entry for entry in group if entry[2] is None or not next(left_out)]
+        if any(flags):
+            left_out = iter(flags)
+            steps = [entry for entry in steps if entry[2] is None or not next(left_out)]
         count, first = 0, 0
-        while first < len(group):
+        while first < len(steps):
             last = first + 1
             if self.built.joinable:
-                while last < len(group) and _fits(group[first], group[last]):
+                while last < len(steps) and _fits(steps[first], steps[last]):
                     last += 1
-            self._checked(metric, *_together(group[first:last]))
+            self._checked(metric, *_together(steps[first:last]))
             count, first = count + 1, last
         return count
 

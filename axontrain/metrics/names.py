@@ -26,7 +26,8 @@ Why torchmetrics' own ``update`` is not used for classification, though its ``co
 whether scores are logits (any outside 0..1) or probabilities, so that its value depends on how the data were cut. Here
 the counts are sums over items, integers, added on the device, and that decision falls once, over all that was seen:
 joining or splitting batches cannot change a value. Float targets that are no classes are counted too, and refused when
-the value is read.
+the value is read. What computes a value does look at numbers, so those with ``by_states`` true have it computed on the host,
+of their states as they were read; ``auroc`` and ``average_precision``, which rank all that was seen, wait for the device.
 
 Weighted, each sum is of weights instead of ones, in double precision: ``accuracy`` is sum w_i [right_i] / sum w_i, and an
 integer weight counts as so many copies of the sample. What weighs 0 is left out, be it NaN. Counts stay integers for as
@@ -249,6 +250,8 @@ class _Counted(_OfClasses):
 
     The states are integers until an update has weights, and sums of weights, float64, from then on.
     """
+
+    by_states = True
 
     def __init__(self, words: str, **options: Any) -> None:
         super().__init__()
@@ -518,6 +521,7 @@ class Mean(torchmetrics.Metric):
     tensor(3.)
     """
 
+    by_states = True
     full_state_update = False
     is_differentiable = False
     total: Tensor
@@ -545,6 +549,8 @@ class Mean(torchmetrics.Metric):
 class Perplexity(_OfClasses, torchmetrics.text.Perplexity):
     """torchmetrics' perplexity, with an update by log-softmax: probabilities that underflow do not make it infinite."""
 
+    by_states = True
+
     def update(self, preds: Tensor, target: Tensor, strange: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add a batch of logits (B, V, ...) and targets (B, ...)."""
         self._note(strange, weights)
@@ -570,6 +576,8 @@ class Perplexity(_OfClasses, torchmetrics.text.Perplexity):
 class SquaredError(torchmetrics.MeanSquaredError):
     """torchmetrics' mean squared error, and its weighted mean."""
 
+    by_states = True
+
     def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch of elements (N,)."""
         if weights is None:
@@ -581,6 +589,8 @@ class SquaredError(torchmetrics.MeanSquaredError):
 
 class AbsoluteError(torchmetrics.MeanAbsoluteError):
     """torchmetrics' mean absolute error, and its weighted mean."""
+
+    by_states = True
 
     def update(self, preds: Tensor, target: Tensor, weights: Tensor | None = None) -> None:
         """Add a batch of elements (N,)."""
@@ -598,6 +608,7 @@ class Determination(torchmetrics.R2Score):
     are scaled to weights of mean 1.
     """
 
+    by_states = True
     weighted: Tensor
     weight: Tensor
 

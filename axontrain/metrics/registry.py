@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from axontrain.errors import ConfigurationError, MetricError, kind_of, unknown
+from axontrain.host import Fetch, Reading, apart, at_once, placed
 from axontrain.metrics.layout import Layout, infer
 from axontrain.objective import batch_size, of_torch
 
@@ -102,7 +103,8 @@ class Built:
     ``function(predictions, targets, weights=None)`` gives a scalar tensor for one batch, to be averaged weighted by items.
     ``metric`` is fresh, on the predictions' device, and updated by ``metric.update(*prepare(predictions, targets))``.
     ``weights`` says how sample weights reach either: by ``prepare``, or as the parameter of that name; empty if they are kept
-    from it, and None if it cannot take any.
+    from it, and None if it cannot take any. ``twin`` is the same metric on the host, where its states are read to, so that
+    what computes its value may look at numbers; None where the value is computed on the metric's device.
 
     >>> built = build("mse", resolve(["mse"])["mse"], torch.ones(4, 1), torch.zeros(4))
     >>> built.metric.update(*built.prepare(torch.ones(4, 1), torch.zeros(4)))
@@ -116,6 +118,7 @@ class Built:
     prepare: Callable[..., tuple[Any, ...]] = _as_they_are
     joinable: bool = False
     weights: str | None = None
+    twin: torchmetrics.Metric | None = None
 
     def taken(self, weights: Tensor) -> Tensor | None:
         """Return the weights if the metric takes them, None if they are kept from it.
@@ -156,22 +159,31 @@ class Built:
         Raises:
             MetricError: if there is something else in it.
         """
-        return _read(self.name, value)
+        return at_once(self.reading(value))
+
+    def reading(self, value: Any) -> Reading[Any]:
+        """The same as a reading, which waits for nothing that need not be waited for."""
+        found: list[Tensor] = []
+        _read(self.name, value, found.append)
+        fetch = Fetch(found)
+        yield [fetch]
+        numbers = iter(fetch.values())
+        return _read(self.name, value, lambda tensor: next(numbers) if tensor.ndim else float(next(numbers)))
 
 
-def _read(name: str, value: Any) -> Any:
+def _read(name: str, value: Any, read: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, Tensor):
-        return value.tolist() if value.ndim else float(value)
+        return read(value)
     if isinstance(value, numbers.Real):
         return float(value)
     if isinstance(value, Mapping):
         flat: dict[str, Any] = {}
         for key, part in value.items():
-            inner = _read(name, part)
+            inner = _read(name, part, read)
             flat |= {f"{key}/{of}": it for of, it in inner.items()} if isinstance(inner, dict) else {str(key): inner}
         return flat
     if isinstance(value, (tuple, list)):
-        return [_read(name, part) for part in value]
+        return [_read(name, part, read) for part in value]
     raise MetricError(f"metric {name!r} computed {kind_of(value)}: it must be a tensor, or a dict or list of them")
 
 
@@ -449,9 +461,14 @@ def build(name: str, spec: Entry, predictions: Any, targets: Any) -> Built:
             prepare = layout.align
         weights = _weight_word(inspect.signature(metric.update).parameters)
     metric.reset()
-    device = _device(predictions)
-    metric = metric if device is None else metric.to(device)
-    return Built(name, None, metric, prepare, spec.joinable, weights if spec.weighted else "")
+    device, twin = _device(predictions), None
+    if device is not None and apart(device):
+        # Of ours, whose states are all that it knows, the value is computed on the host.
+        twin = metric.clone() if getattr(metric, "by_states", False) else None
+        metric._apply(functools.partial(placed, device=device))  # as metric.to(device), which waits
+    elif device is not None:
+        metric = metric.to(device)
+    return Built(name, None, metric, prepare, spec.joinable, weights if spec.weighted else "", twin)
 
 
 def _check_tensors(name: str, predictions: object, targets: object) -> None:
