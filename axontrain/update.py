@@ -216,8 +216,9 @@ class Update:
 
     def keeps(self) -> list[Any]:
         """What is kept between steps, object by object: in the optimizers' state, and to undo a step."""
-        states = [one.state.get(p, {}) for one in self.optimizers for p in self.tensors]
-        return [*(value for state in states for value in state.values()), *(guard.kept for guard in self._guards)]
+        kept = [value for one in self.optimizers for state in one.state.values() for value in state.values()]
+        kept += [guard.kept for guard in self._guards]
+        return kept
 
     def read_by(self) -> str:
         """Which of the optimizers may read from the device while it steps, or has Python count or look on; "" if none."""

@@ -122,7 +122,7 @@ class Assumptions:
                 return f"{key} of {what} is gone"
             if now is not before:
                 return f"{key} of {what} was given another tensor"
-            if _lies(now) != where:
+            if (now.data_ptr(), now.shape, now.stride(), now.requires_grad) != where:
                 return f"{key} of {what} lies elsewhere, has another shape, or is trained or frozen otherwise"
         return "" if self._now() == self._where else "a tensor on the host is another"
 
@@ -138,7 +138,7 @@ class Assumptions:
                 place[key] = tensor
 
     def _now(self) -> list[Any]:
-        places: list[Any] = [*map(_lies, self._objects)]
+        places: list[Any] = [(one.data_ptr(), one.shape, one.stride(), one.requires_grad) for one in self._objects]
         if self._apart:  # what is done on the host is not recorded: of its tensors, how often they were changed
             places += [tensor._version for tensor in self._objects if tensor.device.type == "cpu"]
         return places
@@ -161,10 +161,6 @@ def shown(value: Any) -> str:
     """A value in few words."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def _lies(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.requires_grad
 
 
 def _is_own(value: Any) -> bool:

@@ -141,6 +141,7 @@ class Outputs:
     def __init__(self, step: Step, updated: Sequence[Updated], inputs: Inputs, *, predictions: bool) -> None:
         trees = (step.predictions, step.targets, step.sample_weights) if predictions else (None, None, None)
         self._trees = [None if tree is None else mapped(tree, lambda leaf: _Given.of(leaf, inputs)) for tree in trees]
+        self._predicts = any(tree is not None for tree in trees)
         self._numbers: list[Any] = []
         self._indices: dict[int, int] = {}  # of tensors, by id
         self._loss, self._skipped, self._weight = map(self._index, (step.loss, step.skipped, step.weight))
@@ -180,7 +181,9 @@ class Outputs:
             found[index] = number
         for index in self._shaped:
             found[index] = found[index].clone()
-        predictions, targets, sample_weights = (None if tree is None else _fresh(tree, leaves) for tree in self._trees)
+        predictions, targets, sample_weights = self._trees
+        if self._predicts:
+            predictions, targets, sample_weights = (None if tree is None else _fresh(tree, leaves) for tree in self._trees)
         values = {name: found[index] for name, index in self._values}
         step = Step(found[self._loss], predictions, targets, found[self._weight], values, found[self._skipped], sample_weights)
         updated: list[Updated] = [

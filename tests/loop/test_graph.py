@@ -9,6 +9,7 @@ import enum
 import gc
 import random
 import re
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -1124,3 +1125,29 @@ def test_compiled_parts_are_replayed():
 def test_the_audit_says_that_it_is_of_steps_that_are_not_replayed():
     found = ax.audit(made(True), (X[:16], Y[:16]))
     assert any("graph=" in note for note in found.notes)
+
+
+def test_python_between_replays_is_little(monkeypatch):
+    monkeypatch.setattr(Recording, "replay", lambda self: None)
+    from axontrain.execution.graphed import Outcome
+
+    monkeypatch.setattr(Outcome, "unlike", lambda self, expected, again=None: "")  # as nothing is computed
+    loop = made(True, objective=Plain4)
+    batch = X[:16], Y[:16]
+    for _ in range(6):
+        loop.train_on_batch(batch)
+    step, calls = loop._by_hand, [0, 0]
+
+    def count(frame, event, argument):
+        calls[0] += event == "call"
+        calls[1] += event == "c_call"
+
+    sys.setprofile(count)
+    try:
+        step(batch)
+    finally:
+        sys.setprofile(None)
+    assert loop.report().replayed == 2
+    # What it was when it was written; of other versions of Python less may be counted.
+    assert calls[0] <= 36
+    assert calls[1] <= 55
