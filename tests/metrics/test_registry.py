@@ -195,6 +195,19 @@ def test_ranked_binary(kind):
         assert case
     confident = torch.tensor([20.0, 25.0, 30.0, 18.0]), torch.tensor([0, 1, 1, 0])
     assert measured(kind, *confident) == 1.0  # in single precision all four would be equal
+    surer = torch.tensor([38.0, 45.0, 50.0, 40.0]), torch.tensor([0, 1, 1, 0])
+    assert measured(kind, *surer) == 1.0  # the sigmoid of all four is 1, in double precision too
+
+
+@pytest.mark.parametrize("kind", ["auroc", "average_precision"])
+@pytest.mark.parametrize("rows", [19, 37])
+def test_equal_logits_are_ties_wherever_they_lie(kind, rows):
+    # torch's sigmoid of one number differs in its last bit from place to place.
+    logits = random(200)
+    targets = torch.arange(rows) % 3 == 0
+    wanted = {"auroc": 0.5, "average_precision": float(targets.double().mean())}[kind]
+    found = {measured(kind, logit.repeat(rows), targets.long()) for logit in logits}
+    assert [*found] == [pytest.approx(wanted, abs=1e-6)]
 
 
 @pytest.mark.parametrize("kind", [*COUNTED, *RANKED])
