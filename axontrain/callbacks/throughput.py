@@ -44,8 +44,9 @@ class Throughput(Reader):
     The time of a step is from where the loop asks for its batch to this callback's ``after_batch``: reading the batch, hooks
     before it, forward, backward, update, and the ``after_batch`` of callbacks before this one in the list. Left out is what
     lies between two steps: validation, readings, saving, the ``after_batch`` of later callbacks, the ends of epochs, and what
-    the caller does between steps of ``loop.steps``. On a GPU it is the device's time, by events in its stream, and waiting is
-    what the device waits: where it is busy while the host waits for a batch, nothing is lost.
+    the caller does between steps of ``loop.steps``; and what a :class:`axontrain.Profiler` does, wherever it stands in the
+    list. On a GPU it is the device's time, by events in its stream, and waiting is what the device waits: where it is busy
+    while the host waits for a batch, nothing is lost.
 
     FLOPs are counted once, by torch's ``FlopCounterMode``, of the first batch of a fit (of each task of a Mixture): its forward
     and its backward as they are dispatched, on a copy of the objective with a copy of the batch, so that nothing changes. They
@@ -67,8 +68,8 @@ class Throughput(Reader):
     Attributes:
         flops_per_sample: what was counted, by task (None where there are none).
 
-    >>> Throughput(every="100 steps", peak=312e12).every
-    Every('100 steps')
+    >>> Throughput(every="100 steps", peak=312e12)
+    Throughput(every=Every('100 steps'), peak=312000000000000.0)
 
     Raises:
         ConfigurationError: for values that cannot work; in a fit, if a function gives no number.
@@ -112,6 +113,16 @@ class Throughput(Reader):
         # Of the steps since the last reading.
         self._steps, self._samples, self._flops = 0, 0, 0.0
         self._tokens: int | Tensor = 0
+
+    def __repr__(self) -> str:
+        options = {"every": (self.every, None), "tokens": (self.tokens, None), "flops": (self.flops, COUNTED)}
+        options["peak"] = (self.peak, AUTO)
+        of = [
+            f"{name}={getattr(value, '__name__', None) or repr(value)}"
+            for name, (value, default) in options.items()
+            if value != default
+        ]
+        return f"Throughput({', '.join(of)})"
 
     def before_fit(self, state: LoopState) -> Answer:
         """Begin anew: what was before belongs to another time."""
