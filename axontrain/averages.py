@@ -202,7 +202,7 @@ class Average:
             return
         if self.counted is None:
             dtype = torch.float32 if flag.device.type == "mps" else torch.float64
-            self.counted = torch.tensor((10 + self.folds) / 9, dtype=dtype, device=flag.device)
+            self.counted = torch.full((), (10 + self.folds) / 9, dtype=dtype, device=flag.device)
         counts = flag.to(self.counted.device) == 0
         self._fold(self.spec.warm_share(samples, self.counted) * counts)
         self.counted.add_(counts, alpha=1 / 9)

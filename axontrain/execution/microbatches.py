@@ -370,13 +370,14 @@ def merged(steps: Sequence[tuple[Step, int]]) -> Step:
     if len(steps) == 1:
         return first
     device = first.loss.device
-    weights = torch.stack([torch.as_tensor(step.weight, device=device).reshape(()).to(torch.float64) for step, _ in steps])
+    weights = torch.stack([_scalar(step.weight, device).to(torch.float64) for step, _ in steps])
     whole = weights.sum()
 
     def mean(values: Mapping[int, Any]) -> Tensor:
         """Over the items of the parts, by number, that have a value."""
-        stacked = torch.stack([torch.as_tensor(value, device=device).detach().reshape(()) for value in values.values()])
-        own, total = (weights, whole) if len(values) == len(steps) else (of := weights[list(values)], of.sum())
+        stacked = torch.stack([_scalar(value, device) for value in values.values()])
+        own = weights if len(values) == len(steps) else torch.stack([weights[index] for index in values])
+        total = whole if own is weights else own.sum()
         of_all = torch.where(own > 0, stacked * own, 0.0).sum() / total
         return of_all.to(stacked.dtype if stacked.is_floating_point() else torch.float32)
 
@@ -393,6 +394,13 @@ def merged(steps: Sequence[tuple[Step, int]]) -> Step:
         values=values,
         sample_weights=None if first.sample_weights is None else torch.cat([s.sample_weights for s, _ in steps]),  # type: ignore[misc]
     )
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor:
+    """A number as a tensor on a device: filled in there, as to copy one there would wait for the device."""
+    if type(value) in (bool, int, float):
+        return torch.full((), value, device=device)
+    return torch.as_tensor(value, device=device).detach().reshape(())
 
 
 class Retry:

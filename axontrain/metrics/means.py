@@ -77,7 +77,7 @@ def _stacked(values: list[Any], name: str) -> Tensor:
     made = [
         value.detach().reshape(()).to(first.device, precision)
         if isinstance(value, Tensor)
-        else torch.tensor(float(value), dtype=precision, device=first.device)
+        else torch.full((), float(value), dtype=precision, device=first.device)  # a copy would wait for the device
         for value in values
     ]
     return torch.stack(made)
