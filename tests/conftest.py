@@ -1,5 +1,6 @@
 """What all tests need: one thread, Ctrl-C that arrives, and the same device on every machine."""
 
+import gc
 import os
 import signal
 
@@ -19,3 +20,12 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def what_was_imported_is_no_garbage():
+    # Else each collection looks through all of torch and all tests, for longer than many a test takes.
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -204,7 +204,7 @@ def test_a_worker_that_dies_does_not_disturb_the_step_in_hand():
         list(batches)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_that_never_answers_is_an_error_within_the_limit(workers):
     before = set(children())
     began = time.monotonic()
