@@ -749,3 +749,32 @@ def test_what_a_module_keeps_is_not_moved_on_twice():
     alike(eager, compiled)
     assert len(eager.objective.seen) == len(compiled.objective.seen) == 30
     torch.testing.assert_close(eager.objective.mean, compiled.objective.mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fit", "train_on_batch", "in parts"])
+def test_a_copy_of_a_loop_goes_on_by_itself_with_graphs_of_its_own(way):
+    callbacks = [Looks()] if way == "in parts" else []
+    loop, data, batch = made(callbacks=callbacks), table(), table()[0:16]
+    eager = made(compile=False)
+
+    def trained(one):
+        if way == "train_on_batch":
+            for _ in range(6):
+                one.train_on_batch(batch)
+        else:
+            one.fit(data, epochs=1, batch_size=16)
+
+    trained(loop)
+    trained(eager)
+    before = copy.deepcopy(loop.objective.state_dict())
+    copied = copy.deepcopy(loop)
+    assert copied.report().graphs == 0
+    trained(copied)
+    trained(eager)
+    alike(eager, copied)
+    assert copied.report().how == loop.report().how == ("in parts" if way == "in parts" else "one graph")
+    assert (copied.report().graphs > 0, copied.report().recompilations) == (True, 0)
+    assert all(torch.equal(value, before[name]) for name, value in loop.objective.state_dict().items())
+    trained(loop)
+    alike(eager, loop)
