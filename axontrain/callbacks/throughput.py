@@ -17,6 +17,7 @@ from axontrain.execution.peaks import kind_of_numbers, peak_of
 from axontrain.execution.stopwatch import Stopwatch
 from axontrain.objective import Objective, Supervised, batch_size, task_of
 from axontrain.state import LoopState
+from axontrain.update import Update
 
 COUNTED, AUTO = "counted", "auto"
 WAIT, REST = "wait", "rest"
@@ -50,7 +51,8 @@ class Throughput(Reader):
 
     FLOPs are counted once, by torch's ``FlopCounterMode``, of the first batch of a fit (of each task of a Mixture): its forward
     and its backward as they are dispatched, on a copy of the objective with a copy of the batch, so that nothing changes. They
-    are then taken for each sample, so that smaller batches count less. Their limits: matrix products, convolutions and
+    are then taken for each sample, so that smaller batches count less, and for each time that an optimizer that evaluates the
+    loss by itself (LBFGS, SAM) has done so. Their limits: matrix products, convolutions and
     attention are counted alone, and kernels of others are not seen; what is computed anew in backward (checkpointing) counts,
     the update does not; what is compiled counts as it would without; samples whose lengths differ are taken to be like those of
     the first batch, and what is frozen or unfrozen later is not seen. For one step it takes the memory of a second copy of the
@@ -59,7 +61,7 @@ class Throughput(Reader):
     Args:
         tokens: a function of a batch that counts its tokens: an int, or a scalar tensor, which is summed on its device. Unless
             given, what the objective's own ``weight(batch)`` counts, if it has one.
-        flops: a number, of forward and backward for each sample; or a function of a batch that tells those of the whole
+        flops: a number, of forward and backward once, for each sample; or a function of a batch that tells those of the whole
             batch, as a number; or "counted".
         peak: what the device can do in FLOP/s; "auto" looks it up by the device's name and the precision. Where that is not
             known, as for a CPU, a warning says so and there is no ``mfu``. None: no ``mfu``, and no FLOPs are counted.
@@ -105,6 +107,8 @@ class Throughput(Reader):
         self._watch = Stopwatch(torch.device("cpu"))
         self._peak: float | None = None  # None where there is no mfu
         self._counts_weight = False
+        self._searching: list[Update] = []  # optimizers that evaluate the loss by themselves
+        self._evaluated = 0  # how often they had, at the step before
         self._most = 0  # bytes, before they were made to be counted anew
         self._wait: tuple[Any, Any] = (None, None)  # marks of the present batch: asked for, got
         self._begun: Any = None  # and where its step begins
@@ -132,6 +136,8 @@ class Throughput(Reader):
         self._counts_weight = self.tokens is None and own
         self.flops_per_sample = {}
         self._most, self._of_batch = 0, (0, 0)
+        self._searching = [update for update in state.optimizers.values() if update.spec.closure]
+        self._evaluated = sum(update.evaluations for update in self._searching)
         self._peak = self._looked_up(state, device) if isinstance(self.peak, str) else self.peak
         self._begin(state)
         return None
@@ -161,6 +167,9 @@ class Throughput(Reader):
         watch.add(WAIT, *self._wait)
         watch.add(REST, self._begun, watch.mark())
         flops, tokens = self._of_batch
+        if self._searching:
+            before, self._evaluated = self._evaluated, sum(update.evaluations for update in self._searching)
+            flops *= 1 + self._evaluated - before
         self._steps += 1
         self._flops += flops
         if self._counts_weight and state.last is not None:

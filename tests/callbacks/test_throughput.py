@@ -650,6 +650,36 @@ def test_float32_is_tf32_where_torch_was_told_so():
     assert peaks.kind_of_numbers("fp8", mixed) == "fp8"
 
 
+@pytest.mark.parametrize("name", ["lbfgs", "sam"])
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_each_evaluation_of_the_loss_counts(clock, name, microbatch):
+    class SAM(torch.optim.SGD):
+        """Evaluates twice: where it is, and a step further on."""
+
+        def step(self, closure):
+            closure()
+            super().step()
+            closure()
+            super().step()
+
+    samples = []
+
+    class Counting(Timed):
+        def train_step(self, batch):
+            samples.append(len(batch[0]))
+            clock.takes(0.5)
+            return super().train_step(batch)
+
+    optimizer = {"lbfgs": ax.Optimizer("lbfgs", lr=0.1, max_iter=4), "sam": ax.Optimizer(SAM, lr=0.1, closure=True)}[name]
+    torch.manual_seed(0)
+    loop = ax.Loop(Counting(), optimizer, callbacks=[ax.Throughput(flops=1000.0, peak=PEAK)], device="cpu", progress=False)
+    for _ in range(2):
+        samples.clear()
+        result = loop.fit(TRAIN, epochs=1, batch_size=8, microbatch=microbatch)
+        assert sum(samples) > 2 * len(TRAIN)
+        assert result.values["throughput/mfu"] == pytest.approx(1000 * sum(samples) / (0.5 * len(samples)) / PEAK)
+
+
 @pytest.mark.parametrize(
     ("flops", "of_batch"),
     [(1000.0, lambda size: 1000.0 * size), (lambda batch: 10.0 * len(batch[0]) ** 2, lambda n: 10.0 * n**2)],
