@@ -34,6 +34,14 @@ def what_was_imported_is_no_garbage():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fast_disk():
+    """What fsync does cannot be seen without pulling the plug; who looks for its calls or has them fail puts in its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 # What is imported by what, in one process for all who ask: it takes longer to begin than all of it.
 FRESH = """
 import json, sys
