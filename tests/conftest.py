@@ -25,13 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def what_was_imported_is_no_garbage():
-    # Else each collection looks through all of torch and all tests, for longer than many a test takes.
+@pytest.fixture(autouse=True, scope="module")
+def what_was_there_before_is_no_garbage():
+    """Else each collection looks through all of torch and of what tests have imported, for longer than many a test takes."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
