@@ -40,7 +40,8 @@ class HostRead:
 
     Attributes:
         what: "item" (of ``.item()``, ``bool``, ``int``, ``float`` and formats too), "tolist", "numpy", "cpu", "print",
-            "nonzero", "unique", "mask index", "copy to the host", ...; ", in backward" where autograd does it.
+            "nonzero", "unique", "mask index", "one_hot" (that was not told of how many), "copy to the host", ...;
+            ", in backward" where autograd does it.
         line: "file:line: source" of the user's code; of the library's where none of the user's is on the way.
         within: the library's line, where the user's calls it, and that reads; else "".
         per_step: how often, a step.

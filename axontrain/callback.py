@@ -178,6 +178,9 @@ class Reader(Callback, abc.ABC):
     So it sees when the loop asks for the next one, and when it gets it. Without one there is nothing in between.
     """
 
+    # Whether what it does takes so long that those who look at the clock are to be through before: see in_order.
+    takes_time = False
+
     @abc.abstractmethod
     def reading(self, batches: Iterator[Any], state: LoopState) -> Iterator[Any]:
         """The same batches, of a pass over the data or of what is left of it, each asked for when it is wanted."""
@@ -256,6 +259,18 @@ def stateful(callbacks: Iterable[Callback]) -> dict[str, Any]:
 def overrides(callback: Callback, hook: str) -> bool:
     """Whether a callback does something on a hook."""
     return hook in vars(callback) or getattr(type(callback), hook) is not getattr(Callback, hook)
+
+
+def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks in the order in which they act: that in which they are given, but Readers that take time after the others.
+
+    So what a profiler does, and what it writes, is no time of training, wherever it stands in the list.
+    """
+    given = list(callbacks)
+    quick = [index for index, one in enumerate(given) if isinstance(one, Reader) and not one.takes_time]
+    last = quick[-1] + 1 if quick else 0
+    moved = [one for one in given[:last] if isinstance(one, Reader) and one.takes_time]
+    return [*(one for one in given[:last] if one not in moved), *moved, *given[last:]]
 
 
 def checked(callbacks: Any) -> list[Callback]:

@@ -7,6 +7,7 @@ All that is optional is wrapped around the objective or the data once, before th
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import traceback
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -428,6 +429,13 @@ class Loop:
                     f"average={update.spec.average!r}: what is here now are the raw weights, which training goes on with. For "
                     f"the average, give the Optimizer the same average=, or restore(..., only='objective')"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A loop that goes on from here by itself: what computes its steps, it makes anew."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy({**vars(self), "_by_hand": None}, memo))
+        return copied
 
     @property
     def compiles(self) -> bool:

@@ -247,7 +247,7 @@ class Start:
         state.history.rewrite()
         cadence = state.cadence("validate", every)
         cadence.start(state, resumed=resumed)
-        taking_part = [*callbacks, *([ProgressBar()] if progress else [])]
+        taking_part = [*callback.in_order(callbacks), *([ProgressBar()] if progress else [])]
         savers = tuple(one for one in taking_part if isinstance(one, Saver))
         if state.directory is not None and not savers:
             savers = (Checkpoint(),)

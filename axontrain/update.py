@@ -86,6 +86,7 @@ class Update:
         self.all_skipped: Tensor | None = None  # above 0 if all updates were, since somebody made it None
         self.veto: Tensor | None = None  # of the step in hand: above 0 if somebody wants it skipped, whatever it is
         self.again: Callable[[], Tensor] | None = None  # computes loss and gradients once more, while a step is done
+        self.evaluations = 0  # how often that was asked for, ever
         self.scale = 1.0
         self._unscaled: list[float] = []  # the groups' rates as torch's schedulers have them, where those in use are others
         # On a GPU the rates of a schedule are such as float32 holds: kernels can take them from the device as well, in that.

@@ -121,6 +121,28 @@ def test_each_read_is_told_with_the_users_line():
     assert (path, "# in split" in Path(path).read_text().splitlines()[int(number) - 1]) == (__file__, True)
 
 
+def test_what_reads_on_a_gpu_alone_is_told_and_what_reads_on_the_cpu_alone_is_not():
+    class Elsewhere(Net):
+        def loss(self, logits, labels):
+            known = F.one_hot(labels, 2).to(logits.device)
+            found = F.one_hot(labels)  # how many
+            scale = torch.tensor([0.5, 0.5], device=logits.device)  # numbers
+            self.kept = logits.detach().to("cpu")  # kept
+            self.sums = torch.tensor([0.0, logits.detach().sum()])  # of a tensor
+            return -(logits.log_softmax(1) * (known * scale + found * scale)).sum(1).mean()
+
+    assert lines(ax.audit(loop_of(Elsewhere()), BATCH)) == {
+        ("one_hot", "found = F.one_hot(labels)  # how many", 1),
+        (
+            "copy to the device without non_blocking=True",
+            "scale = torch.tensor([0.5, 0.5], device=logits.device)  # numbers",
+            1,
+        ),
+        ("copy to the host", 'self.kept = logits.detach().to("cpu")  # kept', 1),
+        ("item", "self.sums = torch.tensor([0.0, logits.detach().sum()])  # of a tensor", 1),
+    }
+
+
 def disagreement(predictions, targets):
     return (predictions.argmax(1) != targets).float().mean().item()  # in a metric
 

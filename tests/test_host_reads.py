@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.functional import one_hot
 
 from axontrain.execution.reads import METHODS, HostReads
 
+CPU = torch.device("cpu")  # what a script computes on, whatever that is
 VALUES, LABELS = torch.arange(3.0), torch.tensor([0, 2, 1])
 
+COPIED = "copy to the device without non_blocking=True"
 READING = {
     "item": (lambda: VALUES[0].item(), "item"),
     "float": (lambda: float(VALUES[0]), "item"),
@@ -44,7 +47,28 @@ READING = {
     "equal": (lambda: torch.equal(VALUES, VALUES), "equal"),
     "allclose": (lambda: torch.allclose(VALUES, VALUES), "allclose"),
     "repeats": (lambda: VALUES.repeat_interleave(LABELS), "repeat_interleave"),
+    "one_hot": (lambda: F.one_hot(LABELS), "one_hot"),
+    "one_hot imported": (lambda: one_hot(LABELS, -1), "one_hot"),
+    "to the CPU": (lambda: VALUES.to("cpu"), "copy to the host"),
+    "to the CPU by name": (lambda: VALUES.to(device=torch.device("cpu"), dtype=torch.float64), "copy to the host"),
+    "a tensor of one": (lambda: torch.tensor([1.0, VALUES[0]]), "item"),
+    "as_tensor": (lambda: torch.as_tensor([[1.0], [VALUES[0]]]), "item"),
+    "numbers on a device": (lambda: torch.tensor(1.0, device=VALUES.device), COPIED),
+    "an array on a device": (lambda: torch.as_tensor(np.ones(2), device=VALUES.device), COPIED),
+    "new_tensor": (lambda: VALUES.new_tensor([1.0, 2.0]), COPIED),
+    "select": (lambda: VALUES[LABELS[0]], "item"),
+    "slice": (lambda: VALUES[: LABELS[1]], "item"),
+    "size": (lambda: torch.zeros(LABELS[1]), "item"),
+    "end": (lambda: torch.linspace(0, VALUES[2], 3), "item"),
+    "histogram": (lambda: VALUES.histc(3), "histc"),
+    "sample": (lambda: VALUES.multinomial(1), "multinomial"),
+    "samples": (lambda: VALUES.multinomial(2), "multinomial"),
+    "normal": (lambda: torch.normal(VALUES, VALUES), "normal"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "to_sparse"),
     "inverse": (lambda: torch.linalg.inv(torch.eye(3)), "check of torch.linalg"),
+    "eigh": (lambda: torch.linalg.eigh(torch.eye(3)), "check of torch.linalg"),
+    "eigvals": (lambda: torch.linalg.eigvals(torch.eye(3)), "check of torch.linalg"),
+    "svd": (lambda: torch.linalg.svd(torch.eye(3)), "check of torch.linalg"),
 }
 
 READING_NOTHING = {
@@ -59,6 +83,20 @@ READING_NOTHING = {
     "nonzero of known size": lambda: VALUES.nonzero_static(size=2),
     "loss": lambda: F.cross_entropy(VALUES.repeat(3, 1).requires_grad_(), LABELS).backward(),
     "iteration": lambda: [row + 1 for row in VALUES],
+    "one_hot of so many": lambda: (F.one_hot(LABELS, 3), one_hot(LABELS, num_classes=3)),
+    "to what is asked for": lambda: VALUES.to(CPU) if VALUES.device.type == "cpu" else VALUES,
+    "to where it is": lambda: VALUES.to(CPU).to(str(CPU)).to(VALUES.device, torch.float64).to(VALUES).to(torch.float16),
+    "to the CPU, later": lambda: (VALUES.to("cpu", non_blocking=True), VALUES.to("cpu", torch.float64, True)),
+    "a tensor of numbers": lambda: (torch.tensor([1.0, 2.0]), torch.as_tensor(np.ones(2)), torch.tensor(1, device="cpu")),
+    "a tensor of a tensor": lambda: (torch.as_tensor(VALUES, device=CPU), torch.stack([VALUES, VALUES])),
+    "histogram of a range": lambda: VALUES.histc(3, 0, 3),
+    "samples one by one": lambda: VALUES.multinomial(5, replacement=True),
+    "normal of one deviation": lambda: (torch.normal(VALUES, 1.0), torch.randn(3) * VALUES, VALUES.clone().normal_()),
+    "masks and lengths": lambda: (
+        VALUES.cumsum(0) > VALUES[2],
+        (VALUES > 1).sum(),
+        torch.arange(len(VALUES)) < LABELS[:, None],
+    ),
 }
 
 
@@ -115,6 +153,7 @@ from axontrain.execution.reads import HostReads
 words, told = [], {}
 with FakeTensorMode():
     there, here = torch.empty(4, device="cuda"), torch.empty(4)
+    one_there, one_here = torch.empty((), device="cuda"), torch.empty(())
     ways = {
         "to": lambda: there.to("cpu"),
         "to, later": lambda: there.to("cpu", non_blocking=True),
@@ -122,6 +161,15 @@ with FakeTensorMode():
         "copy_": lambda: here.copy_(there),
         "copy_, later": lambda: here.copy_(there, non_blocking=True),
         "tensor": lambda: torch.tensor([1.0], device="cuda"),
+        "tensor here": lambda: torch.tensor([1.0]),
+        "tensor of one there": lambda: torch.tensor([one_there]),
+        "tensor of one here": lambda: torch.tensor([one_here]),
+        "new_tensor": lambda: there.new_tensor([1.0]),
+        "new_tensor here": lambda: here.new_tensor([1.0]),
+        "one_hot": lambda: torch.nn.functional.one_hot(there.long()),
+        "one_hot of so many": lambda: torch.nn.functional.one_hot(there.long(), 3),
+        "one_hot here": lambda: torch.nn.functional.one_hot(here.long()),
+        "to, here": lambda: here.to("cpu"),
         "equal there": lambda: torch.equal(there, there),
         "equal here": lambda: torch.equal(here, here),
         "cpu here": lambda: here.cpu(),
@@ -148,7 +196,16 @@ def test_of_a_loop_on_a_gpu_copies_between_devices_are_told_and_what_lies_on_the
         "cpu": ["cpu"],
         "copy_": ["copy to the host"],
         "copy_, later": [],
-        "tensor": ["copy to the device without non_blocking=True"],
+        "tensor": [COPIED],
+        "tensor here": [],
+        "tensor of one there": ["item"],
+        "tensor of one here": [],
+        "new_tensor": [COPIED],
+        "new_tensor here": [],
+        "one_hot": ["one_hot"],
+        "one_hot of so many": [],
+        "one_hot here": [],
+        "to, here": [],
         "equal there": ["equal"],
         "equal here": [],
         "cpu here": [],

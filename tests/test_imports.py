@@ -1,29 +1,4 @@
-import json
-import subprocess
-import sys
-
 import pytest
-
-SCRIPT = """
-import json, sys
-
-import torch, safetensors.torch
-
-before = set(sys.modules)
-import axontrain
-after = set(sys.modules)
-print(json.dumps({"new": sorted(after - before), "all": sorted(after), "stdlib": sorted(sys.stdlib_module_names)}))
-"""
-
-
-@pytest.fixture(scope="module")
-def imported():
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(

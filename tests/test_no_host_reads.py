@@ -22,6 +22,12 @@ OPTIMIZERS = {
 }
 
 
+NAMES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("adam", "adagrad", "rmsprop", "adadelta") else name
+    for name in OPTIMIZERS
+]
+
+
 class Reads(HostReads):
     """Counts host reads: all of them, and those within a training step."""
 
@@ -85,7 +91,7 @@ def counted(reads, net, spec, batches, *, progress=True, validation=None, metric
     return reads.all - before, reads.within
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bound", [{"clip_norm": 1.0}, {"clip_value": 0.1}], ids=["norm", "value"])
 def test_training_reads_as_often_in_a_long_epoch_as_in_a_short_one(reads, name, bound):
     factory, options = OPTIMIZERS[name]
@@ -96,7 +102,7 @@ def test_training_reads_as_often_in_a_long_epoch_as_in_a_short_one(reads, name, 
     assert within_short == within_long == 0
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_updates_within_backward_read_nothing(reads, name):
     factory, options = OPTIMIZERS[name]
     spec = ax.Optimizer(factory, lr=0.01, clip_value=0.1, in_backward=True, **options)

@@ -54,6 +54,7 @@ class Profiler(Reader):
     """
 
     asks = ("after_batch",)
+    takes_time = True
     _at_work: weakref.ref[Profiler] | None = None  # the one of the fit that is running, of all in this process
 
     def __init__(

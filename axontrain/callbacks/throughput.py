@@ -18,6 +18,7 @@ from axontrain.execution.stopwatch import Stopwatch
 from axontrain.host import item
 from axontrain.objective import Objective, Supervised, batch_size, task_of
 from axontrain.state import LoopState
+from axontrain.update import Update
 
 COUNTED, AUTO = "counted", "auto"
 WAIT, REST = "wait", "rest"
@@ -45,12 +46,14 @@ class Throughput(Reader):
     The time of a step is from where the loop asks for its batch to this callback's ``after_batch``: reading the batch, hooks
     before it, forward, backward, update, and the ``after_batch`` of callbacks before this one in the list. Left out is what
     lies between two steps: validation, readings, saving, the ``after_batch`` of later callbacks, the ends of epochs, and what
-    the caller does between steps of ``loop.steps``. On a GPU it is the device's time, by events in its stream, and waiting is
-    what the device waits: where it is busy while the host waits for a batch, nothing is lost.
+    the caller does between steps of ``loop.steps``; and what a :class:`axontrain.Profiler` does, wherever it stands in the
+    list. On a GPU it is the device's time, by events in its stream, and waiting is what the device waits: where it is busy
+    while the host waits for a batch, nothing is lost.
 
     FLOPs are counted once, by torch's ``FlopCounterMode``, of the first batch of a fit (of each task of a Mixture): its forward
     and its backward as they are dispatched, on a copy of the objective with a copy of the batch, so that nothing changes. They
-    are then taken for each sample, so that smaller batches count less. Their limits: matrix products, convolutions and
+    are then taken for each sample, so that smaller batches count less, and for each time that an optimizer that evaluates the
+    loss by itself (LBFGS, SAM) has done so. Their limits: matrix products, convolutions and
     attention are counted alone, and kernels of others are not seen; what is computed anew in backward (checkpointing) counts,
     the update does not; what is compiled counts as it would without; samples whose lengths differ are taken to be like those of
     the first batch, and what is frozen or unfrozen later is not seen. For one step it takes the memory of a second copy of the
@@ -59,7 +62,7 @@ class Throughput(Reader):
     Args:
         tokens: a function of a batch that counts its tokens: an int, or a scalar tensor, which is summed on its device. Unless
             given, what the objective's own ``weight(batch)`` counts, if it has one.
-        flops: a number, of forward and backward for each sample; or a function of a batch that tells those of the whole
+        flops: a number, of forward and backward once, for each sample; or a function of a batch that tells those of the whole
             batch, as a number; or "counted".
         peak: what the device can do in FLOP/s; "auto" looks it up by the device's name and the precision. Where that is not
             known, as for a CPU, a warning says so and there is no ``mfu``. None: no ``mfu``, and no FLOPs are counted.
@@ -68,8 +71,8 @@ class Throughput(Reader):
     Attributes:
         flops_per_sample: what was counted, by task (None where there are none).
 
-    >>> Throughput(every="100 steps", peak=312e12).every
-    Every('100 steps')
+    >>> Throughput(every="100 steps", peak=312e12)
+    Throughput(every=Every('100 steps'), peak=312000000000000.0)
 
     Raises:
         ConfigurationError: for values that cannot work; in a fit, if a function gives no number.
@@ -105,6 +108,8 @@ class Throughput(Reader):
         self._watch = Stopwatch(torch.device("cpu"))
         self._peak: float | None = None  # None where there is no mfu
         self._counts_weight = False
+        self._searching: list[Update] = []  # optimizers that evaluate the loss by themselves
+        self._evaluated = 0  # how often they had, at the step before
         self._most = 0  # bytes, before they were made to be counted anew
         self._wait: tuple[Any, Any] = (None, None)  # marks of the present batch: asked for, got
         self._begun: Any = None  # and where its step begins
@@ -114,6 +119,16 @@ class Throughput(Reader):
         self._steps, self._samples, self._flops = 0, 0, 0.0
         self._tokens: int | Tensor = 0
 
+    def __repr__(self) -> str:
+        options = {"every": (self.every, None), "tokens": (self.tokens, None), "flops": (self.flops, COUNTED)}
+        options["peak"] = (self.peak, AUTO)
+        of = [
+            f"{name}={getattr(value, '__name__', None) or repr(value)}"
+            for name, (value, default) in options.items()
+            if value != default
+        ]
+        return f"Throughput({', '.join(of)})"
+
     def before_fit(self, state: LoopState) -> Answer:
         """Begin anew: what was before belongs to another time."""
         device = _device_of(state)
@@ -122,6 +137,8 @@ class Throughput(Reader):
         self._counts_weight = self.tokens is None and own
         self.flops_per_sample = {}
         self._most, self._of_batch = 0, (0, 0)
+        self._searching = [update for update in state.optimizers.values() if update.spec.closure]
+        self._evaluated = sum(update.evaluations for update in self._searching)
         self._peak = self._looked_up(state, device) if isinstance(self.peak, str) else self.peak
         self._begin(state)
         return None
@@ -151,6 +168,9 @@ class Throughput(Reader):
         watch.add(WAIT, *self._wait)
         watch.add(REST, self._begun, watch.mark())
         flops, tokens = self._of_batch
+        if self._searching:
+            before, self._evaluated = self._evaluated, sum(update.evaluations for update in self._searching)
+            flops *= 1 + self._evaluated - before
         self._steps += 1
         self._flops += flops
         if self._counts_weight and state.last is not None:

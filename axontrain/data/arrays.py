@@ -32,12 +32,14 @@ class ArrayDataset:
     Attributes:
         tensors: the arrays, in the order in which they stand in the structure.
         names: the keys, where the structure is one mapping of arrays; else None.
+        channels_last: whether images of one of them lie in memory with their channels last.
         columns: how a data frame was encoded, where ``from_frame`` made the dataset; else None.
 
     Tensors and NumPy arrays are not copied, except for arrays that are read-only (a data frame's columns) or run backwards,
     which torch does not take. A file that is mapped (``np.load(path, mmap_mode="r")``) is not copied, so that it may be larger
     than memory; nothing may write to its part of ``tensors``. Samples and batches are copies, so that nothing done to them
-    reaches the data.
+    reaches the data. Those of images that lie in memory with their channels last (``torch.channels_last``, or NumPy's
+    (N, H, W, C) seen as (N, C, H, W)) lie so too.
 
     >>> data = ArrayDataset(torch.arange(6.0).reshape(3, 2), [0, 1, 0])
     >>> len(data), data[1]
@@ -65,6 +67,7 @@ class ArrayDataset:
         if len({len(tensor) for tensor in self.tensors}) > 1:
             sizes = {label: len(tensor) for label, tensor in zip(self._labels, self.tensors, strict=True)}
             raise DataError(f"ArrayDataset: the arrays differ in length: {sizes}; each has one row a sample")
+        self.channels_last = any(map(_channels_last, self.tensors))
 
     @classmethod
     def from_frame(
@@ -183,6 +186,10 @@ class ArrayDataset:
         """
         return self.assemble(self._gathered(indices))
 
+    def rows(self, places: Tensor) -> tuple[Tensor, ...]:
+        """The rows at places on the arrays' device, of each array, lying in memory as they do in it."""
+        return tuple([_rows(tensor, places) for tensor in self.tensors])
+
     def bytes_per_sample(self) -> int:
         """The size of one row over all arrays."""
         return sum(t.element_size() * (t[:1].numel() if len(t) else 1) for t in self.tensors)
@@ -211,10 +218,13 @@ class ArrayDataset:
     def _of(self, tensors: tuple[Tensor, ...]) -> ArrayDataset:
         other = copy.copy(self)
         other.tensors, other.mapped = tensors, False
+        other.channels_last = any(map(_channels_last, tensors))
         return other
 
     def _gathered(self, indices: Tensor) -> tuple[Tensor, ...]:
         try:
+            if self.channels_last:
+                return tuple(_rows(tensor, placed(indices, tensor.device)) for tensor in self.tensors)
             return tuple(tensor.index_select(0, placed(indices, tensor.device)) for tensor in self.tensors)
         except (IndexError, RuntimeError) as error:
             # torch names no index, and looking for it beforehand would cost each batch. On a GPU its error comes later, and
@@ -223,6 +233,19 @@ class ArrayDataset:
             if isinstance(error, IndexError) or n == 0:
                 _raise_outside(indices, n, error)
             raise
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    """Whether images (N, C, H, W), or volumes, lie in memory with their channels last."""
+    kind = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return kind is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=kind)
+
+
+def _rows(tensor: Tensor, places: Tensor) -> Tensor:
+    """Rows of a tensor, as they lie in it: ``index_select`` gives them as (B, C, H, W), and takes its time for that."""
+    if not _channels_last(tensor):
+        return tensor.index_select(0, places)
+    return tensor.movedim(1, -1).index_select(0, places).movedim(-1, 1)
 
 
 def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:

@@ -280,12 +280,13 @@ class Loader:
         in_bytes = size * data.bytes_per_sample()
         chunk = size * (1 if in_bytes >= ALONE_BYTES else max(1, CHUNK_BYTES // max(1, in_bytes)))
         tensors, bare, flat, alone = data.tensors, data.bare, data.flat, chunk == size
+        plain = not data.channels_last
         for place in _chunks(indices, start * size, end, chunk, device):
             if isinstance(place, slice):
                 rows = tuple([tensor[place].clone() for tensor in tensors])
             else:
                 try:
-                    rows = tuple([tensor.index_select(0, place) for tensor in tensors])
+                    rows = tuple([tensor.index_select(0, place) for tensor in tensors]) if plain else data.rows(place)
                 except (IndexError, RuntimeError):
                     data.gather(place)  # says which index it was
                     raise

@@ -6,8 +6,9 @@ same run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from axontrain.data.structure import shapes
 from axontrain.errors import warn
@@ -62,6 +63,13 @@ class Compilation:
             self.eager, self.report.how, self.report.reason = why, "eager", why
         elif why := self.seen["divided"]:
             self.divided, self.report.how, self.report.reason = why, "in parts", why
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """What goes on as this does, without its graphs, which are of this objective: they are compiled again when needed."""
+        copied = type(self)(copy.deepcopy(self.precision, memo))
+        memo[id(self)] = copied
+        copied.load_state_dict(self.state_dict())
+        return copied
 
     def how(self, batch: Any, step: int) -> str:
         """How a batch is to be done that no graph is of: by a "static" graph, a "dynamic" one, or in "eager"."""

@@ -20,6 +20,12 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
     return stance("force_eager")  # type: ignore[no-any-return]
 
 
+def works() -> bool:
+    """Whether torch compiles anything where this is called: not under a dispatch mode, nor within :func:`uncompiled`."""
+    stance = getattr(sys.modules.get("torch._dynamo.eval_frame"), "_stance", None)
+    return not torch._C._len_torch_dispatch_stack() and getattr(stance, "stance", "") != "force_eager"
+
+
 def graphs() -> int:
     """How many graphs it has made."""
     return int(_counters("stats").get("unique_graphs", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from axontrain.data.structure import shapes
+from axontrain.execution import compiled
 from axontrain.execution.beginning import Attributes, Beginning, Changing
 from axontrain.execution.breaks import reason_of, trying
 from axontrain.execution.inductor import Backend, not_donated
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 
 MOST_SHAPES = 16  # with more of them, one graph serves all
+NOTHING = (
+    "torch has compiled nothing of train_step: its compiler is switched off, or it has compiled a function of it as often as "
+    "torch._dynamo.config.recompile_limit says, for other Loops"
+)
 
 
 class Parts:
@@ -44,13 +50,16 @@ class Parts:
 
         # Of its own code, since Dynamo keeps what it compiles by that.
         train_step.__code__ = train_step.__code__.replace(co_name="train_step")
-        self.compiled = torch.compile(train_step, backend=self.backend)
+        # And what it calls, as a method of a class that other Loops have too, is counted apart from what they compile.
+        compile: Any = torch.compile
+        own = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(compile).parameters else {}
+        self.compiled = compile(train_step, backend=self.backend, **own)
 
     def __call__(self, batch: Any) -> Step:
         if self.made.eager:
             return self.plain(batch)  # type: ignore[no-any-return]  # what it is, the runner looks at
         if self.left:
-            return self._compared(batch)
+            return self._compared(batch) if compiled.works() else self.plain(batch)
         if len(self.shapes) < MOST_SHAPES and shapes(batch) not in self.shapes:
             self.left = 1  # it is of another graph, or makes the one that there is one of variable sizes
             return self._compared(batch)
@@ -106,4 +115,6 @@ class Parts:
         made.report.compared += 1
         self._count()
         made.report.seconds += time.perf_counter() - started
+        if not self.left and not self.backend.graphs:
+            made.give_up(NOTHING)
         return tried  # type: ignore[no-any-return]  # a step that was looked at

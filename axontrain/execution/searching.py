@@ -23,6 +23,7 @@ class Searching:
         beginning = Beginning(self.changing)
 
         def again() -> Tensor:
+            self.update.evaluations += 1
             beginning.put_back()  # the same dropout: it is to be the same function of the weights
             self.run.updating = False
             try:

@@ -457,7 +457,7 @@ class Gathered(_OfClasses):
         weights = dim_zero_cat(self.weights) if len(self.weights) else None
         if scores.device.type == "mps":  # which has no float64
             scores, targets, weights = scores.cpu(), targets.cpu(), None if weights is None else weights.cpu()
-        # In double precision: in single the sigmoid of a logit above 17 is 1, and confident scores would tie.
+        # In double precision: in single the softmax of confident logits is 1, and their scores would tie.
         scores = scores.double()
         if self.multiclass:
             kept = targets != IGNORED
@@ -480,10 +480,25 @@ class Gathered(_OfClasses):
             column, true = column[known], true[known].long()
             positives = int(true.sum())
             if positives and (positives < len(true) or self.kind != "auroc"):
-                values.append(
-                    value(column, true, validate_args=False) if each is None else _ranked(self.kind, column, true, each)
-                )
+                if each is not None:
+                    values.append(_ranked(self.kind, column, true, each))
+                else:
+                    values.append(value(column if self.multiclass else _in_order(column), true, validate_args=False))
         return torch.stack(values).mean() if values else scores.new_tensor(torch.nan)
+
+
+def _in_order(scores: Tensor) -> Tensor:
+    """Scores (N,) of the same order and the same ties, from 0 to below 1, which torchmetrics takes as they are.
+
+    Of logits it would take the sigmoid, whose last bit differs by where in memory a number lies, so that equal ones are not
+    tied any more, and which is 1 above 37, where all are.
+
+    >>> _in_order(torch.tensor([40.0, -3.0, 50.0, 40.0]))
+    tensor([0.3333, 0.0000, 0.6667, 0.3333], dtype=torch.float64)
+    """
+    levels, level = torch.unique(scores, return_inverse=True)
+    placed: Tensor = level.double() / max(len(levels), 1)
+    return placed
 
 
 def _ranked(kind: str, scores: Tensor, true: Tensor, weights: Tensor) -> Tensor:

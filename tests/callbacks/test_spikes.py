@@ -1,6 +1,7 @@
 """SpikeGuard: leaps of the loss are left out, and where they go on the run goes back to before they began."""
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections import deque
@@ -251,23 +252,36 @@ def test_what_it_cannot_judge_is_refused_before_training():
         loop_of(ax.SpikeGuard(), in_backward=True).fit(batches(3), epochs=1)
 
 
-@pytest.mark.parametrize("step", [34, 38, 40, 41, 45, 52])
-@pytest.mark.parametrize("how", ["stop", "error"])
-def test_a_run_broken_off_around_a_rollback_ends_as_one_that_was_not(tmp_path, step, how):
-    """Leaps of the data itself, which come again; it is broken off before, within and after the way back."""
+AROUND = list(itertools.product((34, 38, 40, 41, 45, 52), ("stop", "error")))
+QUICK = [(34, "stop"), (38, "error"), (40, "error"), (45, "stop")]
+
+
+def guarded(directory):
+    guard = ax.SpikeGuard(rollback=5, margin=3, window=10, deviations=4, look=20)
+    return loop_of(guard, ax.Checkpoint(every="3 steps", keep_last=None), directory=directory), guard
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A run of leaps of the data itself, which come again."""
     data = batches(80, outliers=range(31, 37))
-    fit = {"epochs": 1}
-
-    def made(directory):
-        guard = ax.SpikeGuard(rollback=5, margin=3, window=10, deviations=4, look=20)
-        return loop_of(guard, ax.Checkpoint(every="3 steps", keep_last=None), directory=directory), guard
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole, of_whole = made(tmp_path / "whole")
-        whole.fit(data, **fit)
-        assert of_whole.left_out == [[28, 36]]
-        broken, _ = made(tmp_path / "run")
+        whole, guard = guarded(tmp_path_factory.mktemp("unbroken"))
+        whole.fit(data, epochs=1)
+    assert guard.left_out == [[28, 36]]
+    return data, whole, guard
+
+
+@pytest.mark.parametrize(
+    ("step", "how"), [one if one in QUICK else pytest.param(*one, marks=pytest.mark.slow) for one in AROUND]
+)
+def test_a_run_broken_off_around_a_rollback_ends_as_one_that_was_not(tmp_path, unbroken, step, how):
+    """Broken off before, within and after the way back."""
+    data, whole, of_whole = unbroken
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        broken, _ = guarded(tmp_path)
         seen = []
 
         @broken.on("after_batch")
@@ -278,9 +292,9 @@ def test_a_run_broken_off_around_a_rollback_ends_as_one_that_was_not(tmp_path, s
             return ax.Stop("enough") if len(seen) == step else None
 
         with contextlib.suppress(ArithmeticError):
-            broken.fit(data, **fit)
-        again, of_again = made(tmp_path / "run")
-        again.fit(data, **fit, resume=True)
+            broken.fit(data, epochs=1)
+        again, of_again = guarded(tmp_path)
+        again.fit(data, epochs=1, resume=True)
     assert (of_again.left_out, of_again.times) == (of_whole.left_out, of_whole.times)
     assert_same(again, whole)
 

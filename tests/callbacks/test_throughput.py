@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import axontrain as ax
+from axontrain import callback
 from axontrain.execution import peaks, run, stopwatch
 
 
@@ -156,6 +157,53 @@ def test_hooks_within_a_step_are_counted_and_so_are_callbacks_that_come_before(c
     loop.on("after_backward")(lambda state: clock.takes(1.0))
     loop.fit(TRAIN, epochs=1, batch_size=8)
     assert readings(loop, "steps_per_second") == [pytest.approx(0.25)]
+
+
+@pytest.mark.parametrize("first", ["throughput", "profiler"])
+def test_what_a_profiler_does_is_no_time_of_training_wherever_it_stands(clock, tmp_path, monkeypatch, first):
+    begin, finish = ax.Profiler._begin, ax.Profiler._finish
+    monkeypatch.setattr(ax.Profiler, "_begin", lambda *args: clock.takes(100.0) or begin(*args))
+    monkeypatch.setattr(ax.Profiler, "_finish", lambda *args: clock.takes(100.0) or finish(*args))
+    profiler = ax.Profiler(tmp_path, steps=range(2, 4), warmup=0)
+    callbacks = [ax.Throughput(peak=None, every=5), profiler]
+    loop = loop_of(*(callbacks if first == "throughput" else callbacks[::-1]), objective=Timed(lambda: clock.takes(0.3)))
+    loop.fit(Reading(lambda: clock.takes(0.1)), epochs=1)
+    assert clock.now > 200
+    assert len(profiler.files) == 1
+    assert readings(loop, "steps_per_second") == [pytest.approx(2.5)]
+    assert readings(loop, "data_wait") == [pytest.approx(0.25)]
+
+
+def test_other_callbacks_act_in_the_order_of_the_list(tmp_path):
+    class Named(ax.Callback):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def after_fit(self, state):
+            seen.append(self.name)
+
+    class TakesTime(Named, callback.Reader):
+        takes_time = True
+
+        def reading(self, batches, state):
+            return batches
+
+    class Quick(TakesTime):
+        takes_time = False
+
+    seen = []
+    given = [Named("a"), TakesTime("slow"), Named("b"), Quick("quick"), Named("c"), TakesTime("later")]
+    loop_of(*given).fit(TRAIN, epochs=1)
+    assert seen == ["a", "b", "quick", "slow", "c", "later"]
+
+
+def test_it_says_what_it_was_made_with():
+    assert repr(ax.Throughput()) == "Throughput()"
+    assert repr(ax.Throughput(tokens=len, flops=2e9, every="2 epochs")) == (
+        "Throughput(every=Every('2 epochs'), tokens=len, flops=2000000000.0)"
+    )
+    assert repr(ax.Throughput(peak=None)) == "Throughput(peak=None)"
 
 
 def test_the_wait_for_the_end_of_the_data_is_one_too(clock):
@@ -600,6 +648,36 @@ def test_float32_is_tf32_where_torch_was_told_so():
     mixed = nn.Sequential(nn.Linear(2, 2), nn.Linear(9, 9).bfloat16())
     assert peaks.kind_of_numbers("fp32", mixed) == "half"
     assert peaks.kind_of_numbers("fp8", mixed) == "fp8"
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sam"])
+@pytest.mark.parametrize("microbatch", [None, 4])
+def test_each_evaluation_of_the_loss_counts(clock, name, microbatch):
+    class SAM(torch.optim.SGD):
+        """Evaluates twice: where it is, and a step further on."""
+
+        def step(self, closure):
+            closure()
+            super().step()
+            closure()
+            super().step()
+
+    samples = []
+
+    class Counting(Timed):
+        def train_step(self, batch):
+            samples.append(len(batch[0]))
+            clock.takes(0.5)
+            return super().train_step(batch)
+
+    optimizer = {"lbfgs": ax.Optimizer("lbfgs", lr=0.1, max_iter=4), "sam": ax.Optimizer(SAM, lr=0.1, closure=True)}[name]
+    torch.manual_seed(0)
+    loop = ax.Loop(Counting(), optimizer, callbacks=[ax.Throughput(flops=1000.0, peak=PEAK)], device="cpu", progress=False)
+    for _ in range(2):
+        samples.clear()
+        result = loop.fit(TRAIN, epochs=1, batch_size=8, microbatch=microbatch)
+        assert sum(samples) > 2 * len(TRAIN)
+        assert result.values["throughput/mfu"] == pytest.approx(1000 * sum(samples) / (0.5 * len(samples)) / PEAK)
 
 
 @pytest.mark.parametrize(

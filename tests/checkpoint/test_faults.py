@@ -192,6 +192,16 @@ PATCHES = {
     "verify": (os, "open", errno.EIO, "tensors"),
 }
 KINDS = [*PATCHES, "full disk", "limit", "read-only"]
+# Each fault with one of the two ways of writing, by turns; with the other it is slow.
+BY_TURNS = pytest.mark.parametrize(
+    ("fault", "asynchronous"),
+    [
+        pytest.param(kind, way, marks=[*([forks] if way else []), *([] if number % 2 == way else [pytest.mark.slow])])
+        for number, kind in enumerate(KINDS)
+        for way in (False, True)
+    ],
+    indirect=["fault"],
+)
 
 
 @pytest.fixture
@@ -241,8 +251,7 @@ def assert_tells(text, step, fault, on_failure):
         assert part in text
 
 
-@BOTH
-@pytest.mark.parametrize("fault", KINDS, indirect=True)
+@BY_TURNS
 def test_training_goes_on_with_a_warning_each_time_until_the_disk_recovers(fault, asynchronous):
     run = fault.place / "run"
     seen = []
@@ -260,8 +269,7 @@ def test_training_goes_on_with_a_warning_each_time_until_the_disk_recovers(fault
     assert_ends_as_uninterrupted(loop)
 
 
-@BOTH
-@pytest.mark.parametrize("fault", KINDS, indirect=True)
+@BY_TURNS
 def test_the_fit_stops_with_an_error_and_goes_on_from_what_was_saved(fault, asynchronous):
     run = fault.place / "run"
     loop = loop_at(run, At(step_6=fault.break_), asynchronous=asynchronous)

@@ -1,4 +1,8 @@
-"""Real processes, killed by SIGKILL at random instants and started again: `python -m benchmarks.kills` does more of it."""
+"""Real processes, killed by SIGKILL at random instants and started again: `python -m benchmarks.kills` does more of it.
+
+Quicker, in forks and at chosen instants: tests/checkpoint/test_directory.py, tests/checkpoint/test_faults.py,
+tests/loop/test_resume.py.
+"""
 
 import sys
 
@@ -9,7 +13,8 @@ from benchmarks import kills
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts orphans as Linux lets it")
 
 
-@pytest.mark.parametrize("number", [6, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [6, 200])
 def test_killed_at_any_instant_a_run_ends_as_if_it_had_not_been(number):
     counts = kills.run(number, seed=number)
     assert counts.bad == 0, counts

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import axontrain as ax
-from axontrain.data import ArrayDataset
+from axontrain.data import ArrayDataset, loader
 
 __all__ = ["warn_always"]  # a fixture for every test here
 
@@ -201,6 +201,49 @@ def test_an_empty_dataset_has_no_batches():
 
 def test_a_row_is_as_large_as_its_parts():
     assert ArrayDataset(images, labels).bytes_per_sample() == 2 * 4 + 8
+
+
+IMAGES = torch.randn(23, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+LAST = {
+    "tensor": IMAGES.contiguous(memory_format=torch.channels_last),
+    "array": IMAGES.permute(0, 2, 3, 1).contiguous().numpy().transpose(0, 3, 1, 2),
+}
+
+
+@pytest.mark.parametrize("kind", LAST)
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("alone", [False, True], ids=["many at once", "each alone"])
+def test_batches_of_images_lie_in_memory_as_those_of_the_dataset(kind, batch_size, alone, monkeypatch):
+    monkeypatch.setattr(loader, "ALONE_BYTES", 0 if alone else 2**30)
+    plain, last = (ax.ArrayDataset(images, torch.arange(23)) for images in (IMAGES, LAST[kind]))
+    assert (plain.channels_last, last.channels_last) == (False, True)
+    for options in ({}, {"shuffle": True}, {"shuffle": True, "workers": 1}):
+        pairs = zip(*(ax.Loader(data, batch_size, seed=0, **options) for data in (plain, last)), strict=True)
+        for (images, labels), (others, those) in pairs:
+            assert torch.equal(images, others)
+            assert torch.equal(labels, those)
+            assert images.is_contiguous()
+            assert others.is_contiguous(memory_format=torch.channels_last)
+            assert not others.is_contiguous()
+    places = torch.tensor([3, 22, 0])
+    for data in (last, last.subset(range(23)), last.to("cpu")):
+        picked, labels = data.gather(places)
+        assert torch.equal(picked, IMAGES[places])
+        assert picked.stride() == LAST["tensor"][places].contiguous(memory_format=torch.channels_last).stride()
+        assert torch.equal(labels, places)
+    with pytest.raises(ax.DataError, match="there is no sample 23"):
+        last.gather(torch.tensor([0, 23]))
+
+
+def test_volumes_too_and_nothing_else():
+    volumes = torch.randn(5, 2, 3, 4, 3).contiguous(memory_format=torch.channels_last_3d)
+    gathered = ax.ArrayDataset(volumes).gather(torch.tensor([4, 1]))
+    assert torch.equal(gathered, volumes[[4, 1]])
+    assert gathered.is_contiguous(memory_format=torch.channels_last_3d)
+    for other in (torch.randn(5, 1, 4, 4), torch.randn(5, 4).t(), torch.randn(6, 4, 4, 5).transpose(2, 3), torch.randn(3)):
+        data = ax.ArrayDataset(other)
+        assert not data.channels_last
+        assert data.gather(torch.tensor([2, 0])).is_contiguous()
 
 
 def test_moving_it_keeps_names_and_rows():

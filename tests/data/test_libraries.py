@@ -113,7 +113,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("first", [3, PASS, 11, 20])
+@pytest.mark.parametrize("first", [pytest.param(3, marks=pytest.mark.slow), PASS, pytest.param(11, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_stream_goes_on_by_its_state_without_a_word(kind, first, tmp_path):
     assert_goes_on(STREAMS[kind], tmp_path / "saved", first)

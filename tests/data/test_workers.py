@@ -86,7 +86,10 @@ def test_going_to_a_batch_reads_nothing_before_it(tmp_path, workers):
     assert sorted(indices) == sorted(wanted), "each once, and nothing else"
 
 
-@pytest.mark.parametrize(("workers", "ranks"), [(0, 1), (0, 2), (0, 3), (0, 4), (1, 3)])
+@pytest.mark.parametrize(
+    ("workers", "ranks"),
+    [(0, 1), pytest.param(0, 2, marks=pytest.mark.slow), (0, 3), pytest.param(0, 4, marks=pytest.mark.slow), (1, 3)],
+)
 @pytest.mark.parametrize("transform", [noise, double, None])
 @pytest.mark.parametrize("dataset", [Noisy(), Still(), Seldom(), Many()], ids=lambda data: type(data).__name__)
 def test_the_shares_of_ranks_put_together_are_the_batch(dataset, transform, workers, ranks):
@@ -204,7 +207,7 @@ def test_a_worker_that_dies_does_not_disturb_the_step_in_hand():
         list(batches)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_that_never_answers_is_an_error_within_the_limit(workers):
     before = set(children())
     began = time.monotonic()

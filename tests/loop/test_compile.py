@@ -749,3 +749,97 @@ def test_what_a_module_keeps_is_not_moved_on_twice():
     alike(eager, compiled)
     assert len(eager.objective.seen) == len(compiled.objective.seen) == 30
     torch.testing.assert_close(eager.objective.mean, compiled.objective.mean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["fit", "train_on_batch", "in parts"])
+def test_a_copy_of_a_loop_goes_on_by_itself_with_graphs_of_its_own(way):
+    callbacks = [Looks()] if way == "in parts" else []
+    loop, data, batch = made(callbacks=callbacks), table(), table()[0:16]
+    eager = made(compile=False)
+
+    def trained(one):
+        if way == "train_on_batch":
+            for _ in range(6):
+                one.train_on_batch(batch)
+        else:
+            one.fit(data, epochs=1, batch_size=16)
+
+    trained(loop)
+    trained(eager)
+    before = copy.deepcopy(loop.objective.state_dict())
+    copied = copy.deepcopy(loop)
+    assert copied.report().graphs == 0
+    trained(copied)
+    trained(eager)
+    alike(eager, copied)
+    assert copied.report().how == loop.report().how == ("in parts" if way == "in parts" else "one graph")
+    assert (copied.report().graphs > 0, copied.report().recompilations) == (True, 0)
+    assert all(torch.equal(value, before[name]) for name, value in loop.objective.state_dict().items())
+    trained(loop)
+    alike(eager, loop)
+
+
+class Broken(Net):
+    def loss(self, logits, labels):
+        torch._dynamo.graph_break()
+        return super().loss(logits * 1.0, labels)
+
+
+@pytest.fixture
+def twice():
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("twice")
+def test_each_of_many_loops_of_one_class_has_parts_of_its_own():
+    reports = []
+    for _ in range(4):
+        loop = made(Broken)
+        with pytest.warns(ax.AxonWarning, match="cannot become one graph"):
+            loop.fit(table(), epochs=1, batch_size=16)
+        reports.append(loop.report())
+    assert [(one.how, one.graphs) for one in reports] == [("in parts", reports[0].graphs)] * 4
+    assert reports[0].graphs > 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("twice")
+def test_where_torch_compiles_nothing_the_report_says_so(monkeypatch):
+    plain = torch.compile
+
+    def sharing(*args, isolate_recompiles=False, **options):  # as versions of torch did that count all Loops together
+        return plain(*args, **options)
+
+    class Shared(Broken):
+        def predict(self, inputs):
+            return super().predict(inputs)
+
+        def train_step(self, batch):
+            return super().train_step(batch)
+
+    monkeypatch.setattr(torch, "compile", sharing)
+    told, loops = [], []
+    for _ in range(4):
+        loops.append(made(Shared))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loops[-1].fit(table(), epochs=1, batch_size=16)
+        told.append(any("compiled nothing of train_step" in str(one.message) for one in caught))
+    reports = [loop.report() for loop in loops]
+    assert [(one.how, one.graphs > 0) for one in reports] == [("in parts", True)] * 2 + [("eager", False)] * 2
+    assert told == [False, False, True, True]
+    alike(loops[0], loops[-1])
+
+
+@pytest.mark.slow
+def test_what_is_seen_uncompiled_is_not_taken_for_compiled():
+    loop = made(callbacks=[Looks()])
+    loop.fit(table(), steps=1, batch_size=16)
+    with torch.compiler.set_stance("force_eager"):
+        loop.fit(table(), steps=5, batch_size=16)
+    assert loop.report().compared == 1
+    loop.fit(table(), steps=4, batch_size=16)
+    assert (loop.report().how, loop.report().compared) == ("in parts", 3)

@@ -1,5 +1,6 @@
 """Loops of one's own: train_on_batch and steps take the same steps as fit."""
 
+import copy
 import gc
 import subprocess
 import sys
@@ -109,6 +110,20 @@ def test_train_on_batch_works_for_several_optimizers():
     assert loop.state.step == 21
     assert last.values["a_loss"] < first.values["a_loss"]
     assert last.values["b_loss"] < first.values["b_loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_copy_of_a_loop_trains_its_own_objective(precision):
+    loop = noisy_loop(precision=precision, seed=0)
+    loop.train_on_batch(BATCHES[0])
+    copied, before = copy.deepcopy(loop), copy.deepcopy(loop.objective.state_dict())
+    torch.manual_seed(1)
+    copied.train_on_batch(BATCHES[1])
+    assert all(torch.equal(value, before[name]) for name, value in loop.objective.state_dict().items())
+    torch.manual_seed(1)
+    loop.train_on_batch(BATCHES[1])
+    assert_same(loop, copied)
+    assert not torch.equal(before["model.0.weight"], loop.objective.state_dict()["model.0.weight"])
 
 
 def test_train_on_batch_calls_no_callbacks():

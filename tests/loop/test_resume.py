@@ -223,8 +223,16 @@ def test_a_fit_that_its_own_limit_ended_goes_on_to_a_later_one(tmp_path, step):
 HOOKS = ("before_epoch", "before_batch", "after_batch", "after_backward", "before_evaluate", "after_evaluate", "after_epoch")
 
 
-@pytest.mark.parametrize("hook", [*HOOKS, "evaluation"])
-@pytest.mark.parametrize(("where", "number"), [("memory", signal.SIGINT), ("directory", signal.SIGTERM)])
+# Each hook with one of the two signals, by turns; with the other it is slow.
+SIGNALLED = [
+    pytest.param(hook, where, number, marks=[] if turn % 4 in (0, 3) else [pytest.mark.slow])
+    for turn, (hook, (where, number)) in enumerate(
+        itertools.product([*HOOKS, "evaluation"], [("memory", signal.SIGINT), ("directory", signal.SIGTERM)])
+    )
+]
+
+
+@pytest.mark.parametrize(("hook", "where", "number"), SIGNALLED)
 def test_a_signal_in_any_hook_loses_nothing(tmp_path, hook, number, where):
     """At each occasion of the hook in turn."""
     case = Case("sgd", validate="2 steps", samples=20, epochs=2, steps=None)

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, sent to real processes at any time: the state is saved, and the run goes on as if nothing had been."""
 
 import functools
+import itertools
 import os
 import runpy
 import select
@@ -22,7 +23,8 @@ import axontrain as ax
 from axontrain.checkpoint import runs
 
 CASE = Case("sgd", validate="3 steps", epochs=2, steps=None)  # 10 steps
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+BY_NAME = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+SIGNALS = pytest.mark.parametrize("number", [*BY_NAME.values()], ids=[*BY_NAME])
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +136,14 @@ def in_the_wait_at_the_end(tell, directory):
 PHASES = (in_training, in_validation, in_the_first_step, while_saving, while_another_process_saves, in_the_wait_at_the_end)
 
 
-@SIGNALS
-@pytest.mark.parametrize("phase", PHASES, ids=[phase.__name__ for phase in PHASES])
+# Each phase with one of the two signals, by turns; with the other it is slow.
+EACH = [
+    pytest.param(phase, BY_NAME[name], id=f"{phase.__name__}-{name}", marks=[] if turn % 4 in (0, 3) else [pytest.mark.slow])
+    for turn, (phase, name) in enumerate(itertools.product(PHASES, BY_NAME))
+]
+
+
+@pytest.mark.parametrize(("phase", "number"), EACH)
 def test_the_state_is_saved_and_the_run_goes_on(tmp_path, phase, number):
     def body(tell):
         loop, fit = phase(tell, tmp_path)
