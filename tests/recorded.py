@@ -92,8 +92,9 @@ class Recorder:
         waits = []
 
         def seen(word):
-            frame = sys._getframe(2)
-            while frame is not None and "/torch/" in frame.f_code.co_filename:
+            between = (recording.__file__.rpartition("/")[0], torch.__file__.rpartition("/")[0])
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename.startswith(between):
                 frame = frame.f_back
             waits.append((frame.f_code.co_filename, frame.f_lineno))
 
