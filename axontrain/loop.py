@@ -74,9 +74,9 @@ class Loop:
             longer to start them one by one than they take, and the result is the same, bit for bit. A step is recorded after
             the first few of its shapes, held against two that are not, and done as before where something has changed (a
             shape, an attribute of the objective, an option of the optimizer); what Python does in a step, as to print or to
-            look up a global variable, it does not do in a replay. ``state.last`` has predictions only if there are metrics of
-            training. It takes the memory of the batch, and of what a step computes, once more. "auto" times both ways and
-            keeps the one that takes less. :meth:`report` says what came of it.
+            look up a global variable, it does not do in a replay. A fit without metrics of training and without callbacks
+            leaves no predictions in ``state.last``. It takes the memory of the batch, and of what a step computes, once more.
+            "auto" times both ways and keeps the one that takes less. :meth:`report` says what came of it.
         progress: show a bar, or lines where no bar can be.
         directory: where history and checkpoints are written; None writes nothing.
 
@@ -497,6 +497,8 @@ class Loop:
     def _stepping(self, run: Run) -> Iterator[Step]:
         # The generators are the run's while it computes, and the caller's while the caller does.
         state, algorithm = run.state, self._algorithm(run)
+        if run.graphing is not None:
+            run.graphing.predictions = True  # the caller may look at them
         caller, left = randomness.snapshot(), True
         try:
             while left:

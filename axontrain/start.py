@@ -254,6 +254,8 @@ class Start:
             taking_part.extend(savers)
         hooks = Hooks(taking_part, state, resumed=resumed)
         train_step, meter = self.runner(hooks.after_backward, cut), Meter(self.eval_metrics)
+        if self.graphing is not None:  # who trains without anybody to look on, and nothing to measure, needs none
+            self.graphing.predictions = bool(self.metrics or callbacks)
         of = (stream, validating, self.judge, self.precision, meter, cadence, hooks, train_step, state.step)
         readers = tuple(one for one in taking_part if isinstance(one, Reader))
         run = Run(state, plan, *of, savers=savers, readers=readers, graphing=self.graphing)

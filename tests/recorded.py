@@ -70,9 +70,8 @@ class Recording:
 class Recorder:
     """In place of :class:`axontrain.execution.recording.Recorder`."""
 
-    def __init__(self, device, generators=()):
-        self.device, self.generators = device, list(generators)
-        self.generation = []
+    def __init__(self, device):
+        self.device, self.generation = device, []
 
     def renew(self):
         assert all(one.operations is None for one in self.generation), "memory is begun anew that is in use"
@@ -83,7 +82,8 @@ class Recorder:
 
     @staticmethod
     def on_host(drawn):
-        return next((name for name in drawn if name not in ("torch", "cuda")), "")  # the CPU is the device here
+        host = [one for one in drawn if one not in ("torch", "cuda") and not isinstance(one, torch.Generator)]
+        return "" if not host else host[0] if isinstance(host[0], str) else f"a {type(host[0]).__name__} of its own"
 
     @contextlib.contextmanager
     def aside(self):
@@ -101,8 +101,8 @@ class Recorder:
         with HostReads(seen):
             yield waits
 
-    def record(self, function):
-        generators = [torch.default_generator, *self.generators]
+    def record(self, function, generators=()):
+        generators = [torch.default_generator, *(one for one in generators if isinstance(one, torch.Generator))]
         states = [generator.get_state() for generator in generators]
         mode = _Recording()
         try:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from axontrain import randomness
+from axontrain.execution.contents import draw_from, drawn_to
 from axontrain.guard import is_dense
 
 
@@ -30,7 +32,7 @@ class Beginning:
         self._module = changing.module
         self._rng = randomness.capture()
         self._buffers = [
-            (part._buffers, name, buffer, None if buffer is None else buffer.clone())
+            (part._buffers, name, buffer, None if buffer is None else buffer.clone(), _version(buffer))
             for part in self._module.modules()
             for name, buffer in part._buffers.items()
         ]
@@ -42,10 +44,11 @@ class Beginning:
         for parameter in () if gradients else self._module.parameters():
             parameter.grad = None
         with torch.no_grad():
-            for place, name, buffer, kept in self._buffers:
-                if buffer is not None and kept is not None and is_dense(buffer):
+            for place, name, buffer, kept, version in self._buffers:
+                if buffer is not None and kept is not None and (is_dense(buffer) or _version(buffer) == version):
                     place[name] = buffer
-                    buffer.copy_(kept)
+                    if is_dense(buffer):
+                        _restore(buffer, kept)
                 else:
                     place[name] = None if kept is None else kept.clone()
         for metric, states, count in self._metrics:
@@ -75,7 +78,7 @@ class Attributes:
             for name, value, before in kept:
                 attributes[name] = value
                 if isinstance(value, torch.Tensor):
-                    value.detach().copy_(before)
+                    _restore(value, before)
                 elif isinstance(value, list):
                     value[:] = before
                 elif isinstance(value, dict):
@@ -94,6 +97,7 @@ class Before:
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self._parameters = dict(module.named_parameters())
         self._state: list[tuple[Tensor, Tensor]] = []
+        self._drawn: list[tuple[Any, Any]] = []
 
     def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
         """Take in what the optimizers keep."""
@@ -104,15 +108,35 @@ class Before:
         """Take in further tensors."""
         self._state += [(value, value.clone()) for value in tensors]
 
+    def take_generators(self, generators: Iterable[Any]) -> None:
+        """Take in where generators stand, of whatever kind."""
+        self._drawn += [(generator, drawn_to(generator)) for generator in generators]
+
     @torch.no_grad()
     def put_back(self) -> None:
         """Make all of it what it was."""
+        for generator, state in self._drawn:
+            draw_from(generator, state)
         self._beginning.put_back()
         self._attributes.put_back()
         for name, parameter in self._parameters.items():
-            parameter.copy_(self.named[name])
+            _restore(parameter, self.named[name])
         for live, before in self._state:
-            live.copy_(before)
+            _restore(live, before)
+
+
+def _restore(live: Tensor, before: Tensor) -> None:
+    """Write into a tensor what it held; one that was not looked into is left alone."""
+    if is_lazy(live) or is_lazy(before) or live.layout is not torch.strided:
+        return
+    if live.shape != before.shape or live.dtype != before.dtype:  # somebody has put other memory behind it
+        live.data = before.clone()
+    elif is_dense(live):
+        live.detach().copy_(before)
+
+
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None or is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _own(name: str, value: Any, kinds: tuple[type, ...]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, Self
 
 from axontrain.errors import ConfigurationError, warn
 from axontrain.execution.report import StepReport
@@ -26,6 +27,7 @@ class Graphing:
         self.graphs: list[StepGraph] = []
         self.eager = ""  # why steps are not replayed for the rest of a fit
         self.chosen: bool | None = None  # whether replays took less time; None until that was tried
+        self.predictions = True  # whether somebody may look at those of a step
 
     @staticmethod
     def of(mode: Any) -> Graphing | None:
@@ -58,7 +60,14 @@ class Graphing:
         while self.graphs:
             self.graphs.pop().close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """What goes on as this does, without its recordings, which are of this objective."""
+        copied = type(self)(AUTO if self.auto else True)
+        memo[id(self)] = copied
+        copied.report, copied.chosen = copy.deepcopy(self.report, memo), self.chosen
+        return copied
+
     def begin(self) -> None:
         """A fit begins: what has kept the last from being recorded may be gone."""
         self.close()
-        self.eager = ""
+        self.eager, self.predictions = "", True

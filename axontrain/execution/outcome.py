@@ -17,8 +17,9 @@ from axontrain.data.structure import tensors
 from axontrain.objective import Step
 from axontrain.update import Update
 
-# By how much a replay may differ: so many times as two steps alike, up to a part of the whole; and some rounding errors.
-TIMES, MOST, BITS = 8.0, 0.05, 2.0**12
+# By how much a replay may differ: so many times as two steps alike, and some rounding errors; at most by a part of the whole.
+# An update of Adam's is of full size where a gradient is nothing but rounding.
+TIMES, BITS, MOST, MOST_HALF, OF_UPDATES = 8.0, 2.0**10, 1e-3, 0.03, 0.01
 
 
 class Outcome:
@@ -29,13 +30,20 @@ class Outcome:
 
     @classmethod
     def of(
-        cls, module: nn.Module, updates: Sequence[Update], own: Sequence[Tensor], step: Step, *, whole: bool, predictions: bool
+        cls,
+        module: nn.Module,
+        updates: Sequence[Update],
+        own: Mapping[str, Tensor],
+        step: Step,
+        *,
+        whole: bool,
+        predictions: bool,
     ) -> Outcome:
         """What is there after a step.
 
         Args:
             module, updates: what it has trained.
-            own: further tensors that it changes.
+            own: further tensors that it may change, by name.
             step: what it gave.
             whole: whether its updates are a part of it; else gradients are looked at in their place.
             predictions: whether to look at predictions and targets.
@@ -47,7 +55,7 @@ class Outcome:
         else:
             found = {f"the gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
         found |= {f"the buffer {name}": b.detach() for name, b in module.named_buffers()}
-        found |= {f"the scale of losses ({index})": one for index, one in enumerate(own)}
+        found |= own
         given: dict[str, Any] = {"loss": step.loss, "weight": step.weight, "flag of what is skipped": step.skipped}
         given |= {f"value {name!r}": value for name, value in step.values.items()}
         if predictions:
@@ -80,13 +88,15 @@ class Outcome:
                 if not _same(mine, right):
                     return name
                 continue
-            eps = torch.finfo(right.dtype).eps
-            found = _square(mine, right), _square(again.found[name], right), _square(right), eps**2 * _square(right)
-            of_kind = sums.setdefault(name.partition(" of ")[0], [0.0] * len(found))
+            kind, eps = name.partition(" of ")[0], torch.finfo(right.dtype).eps
+            most = MOST_HALF if eps > MOST / BITS else OF_UPDATES if kind == "the update" else MOST
+            size = _square(right)
+            found = _square(mine, right), _square(again.found[name], right), size, eps**2 * size, most**2 * size
+            of_kind = sums.setdefault(kind, [0.0] * len(found))
             of_kind[:] = map(sum, zip(of_kind, found, strict=True))
         for kind, squares in sums.items():
-            gap, own, size, rounding = (square**0.5 for square in squares)
-            if not gap <= min(TIMES * own, MOST * size) + BITS * rounding:
+            gap, own, size, rounding, most = (square**0.5 for square in squares)
+            if not gap <= min(TIMES * own + BITS * rounding, most):
                 return f"{kind}, by {gap:.3g}, where it is {size:.3g}, and differs from itself by {own:.3g}"
         return ""
 

@@ -28,11 +28,10 @@ class Recorder:
 
     Args:
         device: a CUDA device.
-        generators: beside the default one, those that are drawn from.
     """
 
-    def __init__(self, device: torch.device, generators: Iterable[torch.Generator] = ()) -> None:
-        self.device, self.generators = device, [one for one in generators if one.device.type == "cuda"]
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = _stream(device)
         self.pool: Any = None
 
@@ -45,9 +44,18 @@ class Recorder:
         torch.cuda.synchronize(self.device)
 
     @staticmethod
-    def on_host(drawn: Iterable[str]) -> str:
-        """Which of the generators that were drawn from is of the host, whose numbers a recording would repeat."""
-        return next((name for name in drawn if name != "cuda"), "")
+    def on_host(drawn: Iterable[Any]) -> str:
+        """Which of the generators that were drawn from is of the host, whose numbers a recording would repeat.
+
+        Args:
+            drawn: names of the global ones ("cuda" is the device's), and others themselves.
+        """
+        for one in drawn:
+            if isinstance(one, torch.Generator) and one.device.type == "cuda":
+                continue
+            if one != "cuda":
+                return one if isinstance(one, str) else f"a {type(one).__name__} of its own"
+        return ""
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[list[tuple[str, int]]]:
@@ -73,15 +81,20 @@ class Recorder:
             elif "Synchronization debug mode" not in str(one.message):  # which says that it is a prototype
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
-    def record(self, function: Callable[[], Any]) -> tuple[Recording, Any]:
+    def record(self, function: Callable[[], Any], generators: Iterable[Any] = ()) -> tuple[Recording, Any]:
         """Call a function, whose kernels are recorded and do not run; returns the recording and what the function gave.
+
+        Args:
+            function: that.
+            generators: beside the default one, those that are drawn from; others than of the device do not count.
 
         Raises:
             Exception: what the function raised, or torch, of something that cannot be recorded.
         """
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        graph, current = self._graph(), torch.cuda.current_stream(self.device)
+        own = [one for one in generators if isinstance(one, torch.Generator) and one.device.type == "cuda"]
+        graph, current = _graph(own), torch.cuda.current_stream(self.device)
         collecting = gc.isenabled()
         gc.disable()  # what it would free meanwhile may be of another graph, or wait for the device
         try:
@@ -94,20 +107,14 @@ class Recorder:
         except BaseException:
             torch.cuda.set_stream(current)  # torch leaves its own in place where the beginning fails
             graph.reset()
-            self._recover()
+            self._recover(own)
             raise
         finally:
             if collecting:
                 gc.enable()
         return Recording(graph), given
 
-    def _graph(self) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        return graph
-
-    def _recover(self) -> None:
+    def _recover(self, generators: list[torch.Generator]) -> None:
         """After a recording that failed: end what it has begun, as torch does not.
 
         Its allocator would take memory from the pool for good (https://github.com/pytorch/pytorch/issues/180395), and its
@@ -122,10 +129,17 @@ class Recorder:
         self.renew()
         with contextlib.suppress(RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it is next to empty
-            graph = self._graph()
+            graph = _graph(generators)
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 torch.zeros((), device=self.device)
             graph.reset()
+
+
+def _graph(generators: list[torch.Generator]) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    return graph
 
 
 @functools.cache

@@ -57,7 +57,7 @@ def runner(
     if graphing is not None and replayed:
         from axontrain.execution.graphed import Graphed
 
-        run = Graphed(run, state, graphing, predictions=keeps_predictions)  # type: ignore[arg-type]  # not compiled
+        run = Graphed(run, state, graphing)  # type: ignore[arg-type]  # not compiled
     if freeing := [update for update in state.optimizers.values() if isinstance(update, UpdateInBackward)]:
         run = Freeing(run, freeing)  # type: ignore[arg-type]  # of whole batches
     for update in state.optimizers.values():

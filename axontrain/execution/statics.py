@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.data.structure import mapped
+from axontrain.data.structure import fields, is_record, mapped
 from axontrain.errors import kind_of
+from axontrain.execution.contents import PLAIN
 from axontrain.guard import is_dense
 from axontrain.objective import Step
 from axontrain.update import Update
-
-CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 class Inputs:
@@ -94,15 +93,18 @@ def described(batch: Any) -> tuple[list[Any], Any]:
     return [_kind(leaf) for leaf in leaves], structure
 
 
-def unlike(batch: Any) -> str:
-    """What of a batch keeps its step from being recorded; "" if nothing does."""
+def unlike(batch: Any, *, of_a_step: bool = False) -> str:
+    """What of a batch keeps its step from being recorded; "" if nothing does. Or of what a step gives: ``of_a_step``."""
     for leaf in _taken_apart(batch)[0]:
         if not isinstance(leaf, Tensor):
-            if not isinstance(leaf, CONSTANTS):
-                return f"the batch holds {kind_of(leaf)}, in which a step may look for anything"
+            if not isinstance(leaf, PLAIN):
+                what = "the step gives" if of_a_step else "the batch holds"
+                return f"{what} {kind_of(leaf)}, in which there may be anything"
+        elif of_a_step:
+            continue
         elif leaf.requires_grad:
             return f"a tensor of the batch, {kind_of(leaf)}, requires a gradient"
-        elif not is_dense(leaf) or _overlaps(leaf):
+        elif type(leaf) is not Tensor or not is_dense(leaf) or _overlaps(leaf):
             return f"a tensor of the batch, {kind_of(leaf)}, is sparse, quantized, expanded, or of a class of its own"
     return ""
 
@@ -112,7 +114,18 @@ def _taken_apart(batch: Any) -> tuple[Any, Any]:
     if kind in (tuple, list) and all(isinstance(leaf, Tensor) for leaf in batch):  # most are so
         return batch, kind
     leaves: list[Any] = []
-    return leaves, mapped(batch, leaves.append)
+    return leaves, _ordered(mapped(batch, leaves.append))
+
+
+def _ordered(structure: Any) -> Any:
+    """A structure in which the order of names counts, as leaves are taken in it."""
+    if isinstance(structure, dict):
+        return dict, tuple((key, _ordered(value)) for key, value in structure.items())
+    if isinstance(structure, (tuple, list)):
+        return type(structure), tuple(map(_ordered, structure))
+    if is_record(structure):
+        return type(structure), tuple(_ordered(getattr(structure, name)) for name in fields(structure))
+    return structure
 
 
 def _kind(leaf: Any) -> Any:
@@ -210,4 +223,4 @@ def _fresh(tree: Any, leaves: Sequence[Any]) -> Any:
             return leaf
         return leaf.tensor.clone() if leaf.position is None else leaves[leaf.position]
 
-    return mapped(tree, fresh)
+    return fresh(tree) if isinstance(tree, _Given) else mapped(tree, fresh)

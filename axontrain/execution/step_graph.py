@@ -12,13 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from axontrain.execution.assumptions import Assumptions
-from axontrain.execution.rates import Rates
+from axontrain.execution.options import Options
 from axontrain.execution.recording import Recorder, Recording
-from axontrain.execution.statics import Inputs, Outputs, Updated
+from axontrain.execution.statics import Inputs, Outputs, Updated, unlike
 from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.guard import BufferGuard
 from axontrain.objective import Step
 from axontrain.update import Update
+
+COMPARED = 2  # the first shows what is recorded wrong; the second, what would be another each time
 
 
 class UnrecordableError(Exception):
@@ -32,17 +34,19 @@ class StepGraph:
         run: the runner; whose steps were done so often that all it makes at first is there.
         updates: of its optimizers.
         batch: the first that it is of.
-        whole: whether the optimizers' steps are recorded; else they are done after it.
+        apart: why the optimizers' steps are done after it, and are not recorded; "" if they are.
         predictions: whether the step gives predictions and targets.
     """
 
     def __init__(
-        self, run: OneLoss | SeveralLosses, updates: Sequence[Update], batch: Any, *, whole: bool, predictions: bool
+        self, run: OneLoss | SeveralLosses, updates: Sequence[Update], batch: Any, *, apart: str, predictions: bool
     ) -> None:
-        self.run, self.updates, self.whole, self.predictions = run, updates, whole, predictions
+        self.run, self.updates, self.apart, self.predictions = run, updates, apart, predictions
+        self.whole = whole = not apart
         self.inputs = Inputs(batch)
-        self.rates, self.assumptions = Rates(updates, whole=whole), Assumptions(run.objective)
-        self.left = 0  # steps that are still to be held against eager
+        self.options, self.assumptions = Options(updates, whole=whole), Assumptions(run.objective)
+        self.left = COMPARED  # steps that are still to be held against those without
+        self.refused = 0  # of them, how many in a row were another
         self.updated: list[Updated] = []  # by the last step that was computed
         self.gradients: list[tuple[Tensor, Tensor]] = []  # of parameters, where the update is not recorded, or may raise
         self.raises = any(update.spec.on_nonfinite == "raise" for update in updates)
@@ -59,6 +63,8 @@ class StepGraph:
         self.updated, versions = [], self.inputs.versions()
         with self._on_device():
             step = self.run(self.inputs.batch)
+        if type(step) is not Step:
+            raise UnrecordableError(f"train_step returns a {type(step).__name__}, which may have more than a Step")
         if versions != self.inputs.versions():
             raise UnrecordableError("a step writes to its batch, where a replay would write to a copy")
         for name, value in step.values.items():
@@ -112,8 +118,8 @@ class StepGraph:
                 stack.enter_context(update.recorded())
             stack.callback(self.drop_gradients)
             self.gradients = []
-            with self.rates:
-                self.recording, self.outputs = recorder.record(self._given)
+            with self.options:
+                self.recording, self.outputs = recorder.record(self._given, self.assumptions.contents.generators)
             if not self.whole and not self.raises:
                 for update in self.updates:
                     self._keep_gradients(update)
@@ -129,6 +135,8 @@ class StepGraph:
 
     def _given(self) -> Outputs:
         step = self.compute()
+        if self.predictions and (leaf := unlike((step.predictions, step.targets, step.sample_weights), of_a_step=True)):
+            raise UnrecordableError(leaf)
         return Outputs(step, self.updated, self.inputs, predictions=self.predictions)
 
     def replay(self, batch: Any) -> tuple[Step, Sequence[Updated]] | None:
@@ -138,7 +146,7 @@ class StepGraph:
             The step, and its updates.
         """
         leaves = self.inputs.fitting(batch)
-        if leaves is None or not self.assumptions.hold() or not self.rates.set():
+        if leaves is None or not self.assumptions.hold() or not self.options.set():
             return None
         self.inputs.take(leaves)
         self.recording.replay()  # type: ignore[union-attr]  # it is there from record to close
@@ -151,7 +159,7 @@ class StepGraph:
 
     def broken(self) -> str:
         """What of it does not hold any more, in words; "" if that has no name."""
-        return self.assumptions.broken() or self.rates.broken()
+        return self.assumptions.broken() or self.options.broken()
 
     def close(self) -> None:
         """Give its memory back, and let go of what lies in it."""

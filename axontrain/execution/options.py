@@ -1,4 +1,4 @@
-"""Rates: the options of optimizers as a recorded step has them, and the learning rates, which may be others each time.
+"""Options: those of the optimizers, and what these keep, as a recorded step has it; and rates, which may be others each time.
 
 A rate that a schedule sets is recorded as a tensor, which kernels read; all else is recorded as the number that it is.
 """
@@ -16,7 +16,7 @@ from axontrain.execution.assumptions import is_plain, shown
 from axontrain.update import Update
 
 
-class Rates:
+class Options:
     """What the optimizers of a recording take for given, and the rates that they are given.
 
     Args:
@@ -100,7 +100,7 @@ class Rates:
             group[name] = value
 
 
-def fixed(updates: Sequence[Update]) -> str:
+def why_apart(updates: Sequence[Update]) -> str:
     """Why the steps of the optimizers cannot be recorded with the rest; "" if they can."""
     for update in updates:
         if why := update.read_by():
