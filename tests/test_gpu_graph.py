@@ -152,9 +152,9 @@ def test_what_waits_for_the_device_is_done_as_before_and_the_line_is_told(kind):
 
 
 def test_a_recording_that_fails_leaves_everything_usable(monkeypatch):
-    from axontrain.execution import graphed
+    from axontrain.execution import attempt
 
-    monkeypatch.setattr(graphed.Graphed, "_try", lambda self, graph: None)  # so that nothing is found before
+    monkeypatch.setattr(attempt, "_try", lambda graph, recorder: None)  # so that nothing is found before
     with pytest.warns(ax.AxonWarning, match=r"cannot be replayed from a CUDA graph.*test_gpu_graph\.py:\d+: return loss"):
         failed = fitted(True, OPTIMIZERS["adamw"](), Reads, steps=100)
     plain = fitted(False, OPTIMIZERS["adamw"](), Reads, steps=100)
@@ -199,14 +199,14 @@ def test_what_changes_is_recorded_anew_and_comes_back(rows):
 
 
 def test_after_a_recording_that_failed_memory_and_generators_are_as_ever(monkeypatch):
-    from axontrain.execution import graphed
+    from axontrain.execution import attempt
 
     class ReadsAndDraws(Scaled):
         def loss(self, logits, labels):
             loss = super().loss(logits, labels)
             return loss * (1 + 0 * loss.item())
 
-    monkeypatch.setattr(graphed.Graphed, "_try", lambda self, graph: None)
+    monkeypatch.setattr(attempt, "_try", lambda graph, recorder: None)
     objective = ReadsAndDraws()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
