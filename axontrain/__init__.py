@@ -3,56 +3,63 @@
 Write an :class:`Objective` (``predict`` and ``loss``), give it to a :class:`Loop` with an :class:`Optimizer`, and ``fit``.
 """
 
+import gc
 from typing import TYPE_CHECKING, Any
 
-from axontrain import averages, data, metrics, schedules
-from axontrain.audit import Audit, audit
-from axontrain.callback import Callback
-from axontrain.callbacks import (
-    Checkpoint,
-    EarlyStopping,
-    Freeze,
-    LearningRate,
-    Profiler,
-    ProgressBar,
-    ReduceLROnPlateau,
-    SpikeGuard,
-    Throughput,
-    Unfreeze,
-)
-from axontrain.checkpoint.weights import load_weights
-from axontrain.clock import Duration, Every
-from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
-from axontrain.errors import (
-    AxonError,
-    AxonWarning,
-    BatchMismatchError,
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    EmptyDataError,
-    LossError,
-    MetricError,
-    MissingExtraError,
-    NonFiniteError,
-    NonFiniteWarning,
-    ObjectiveError,
-    OptimizerError,
-    OutOfRangeError,
-    SplitError,
-    UnknownNameError,
-    UnknownOptionError,
-    WorkerError,
-)
-from axontrain.execution.report import StepReport
-from axontrain.history import History
-from axontrain.locate import locate_nonfinite
-from axontrain.loop import Loop
-from axontrain.objective import Objective, Step, Supervised, TaskBatch
-from axontrain.optimizer import Optimizer, layerwise
-from axontrain.preflight import Report
-from axontrain.state import LoopState, Result, Stop, StopEpoch
-from axontrain.version import VERSION
+_collecting = gc.isenabled()
+gc.disable()  # else a collection over all of torch's objects falls into this import, and takes twice what it takes
+try:
+    from axontrain import averages, data, metrics, schedules
+    from axontrain.audit import Audit, audit
+    from axontrain.callback import Callback
+    from axontrain.callbacks import (
+        Checkpoint,
+        EarlyStopping,
+        Freeze,
+        LearningRate,
+        Profiler,
+        ProgressBar,
+        ReduceLROnPlateau,
+        SpikeGuard,
+        Throughput,
+        Unfreeze,
+    )
+    from axontrain.checkpoint.weights import load_weights
+    from axontrain.clock import Duration, Every
+    from axontrain.data import ArrayDataset, Dataset, Loader, Mixture, order, split
+    from axontrain.errors import (
+        AxonError,
+        AxonWarning,
+        BatchMismatchError,
+        CheckpointError,
+        ConfigurationError,
+        DataError,
+        EmptyDataError,
+        LossError,
+        MetricError,
+        MissingExtraError,
+        NonFiniteError,
+        NonFiniteWarning,
+        ObjectiveError,
+        OptimizerError,
+        OutOfRangeError,
+        SplitError,
+        UnknownNameError,
+        UnknownOptionError,
+        WorkerError,
+    )
+    from axontrain.execution.report import StepReport
+    from axontrain.history import History
+    from axontrain.locate import locate_nonfinite
+    from axontrain.loop import Loop
+    from axontrain.objective import Objective, Step, Supervised, TaskBatch
+    from axontrain.optimizer import Optimizer, layerwise
+    from axontrain.preflight import Report
+    from axontrain.state import LoopState, Result, Stop, StopEpoch
+    from axontrain.version import VERSION
+finally:
+    if _collecting:
+        gc.enable()
 
 if TYPE_CHECKING:
     from axontrain.data import Columns, TableDataset

@@ -25,7 +25,6 @@ from axontrain.data.structure import is_record, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, kind_of, whole
 from axontrain.execution import compiled
 from axontrain.execution.copying import copied
-from axontrain.execution.counting import Calls, Operations
 from axontrain.execution.run import Run
 from axontrain.loop import Loop
 from axontrain.objective import TaskBatch
@@ -183,6 +182,8 @@ def audit(
     >>> print(found.reads[0].what, found.reads[0].line.rpartition(": ")[2])
     item self.sum += loss.item()
     """
+    from axontrain.execution.counting import Calls, Operations  # dispatch modes, which take torch 90 ms to set up
+
     if not isinstance(loop, Loop):
         hint = " (a class: call it)" if isinstance(loop, type) else ""
         raise ConfigurationError(f"audit({kind_of(loop)}, ...){hint}: the Loop, and a batch as its train_step gets it")
