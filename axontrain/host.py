@@ -15,7 +15,7 @@ changes it changes at its end, so that one that is dropped has changed nothing.
 >>> at_once(mean(torch.tensor([1.0, 2.0])))
 1.5
 >>> later = Later(mean(torch.tensor([1.0, 2.0])))
->>> later.arrived(), later.result  # on the CPU at once
+>>> later.arrived(), later.result()  # on the CPU at once
 (True, 1.5)
 """
 
@@ -123,13 +123,9 @@ def at_once(reading: Reading[T]) -> T:
 
 
 class Later(Generic[T]):
-    """A reading under way: begun now, and ended by whoever looks at it when all it needs has arrived.
+    """A reading under way: begun now, and ended by whoever looks at it when all it needs has arrived."""
 
-    Attributes:
-        result: what it gave, once it has arrived.
-    """
-
-    result: T
+    _found: T
 
     def __init__(self, reading: Reading[T]) -> None:
         self._reading, self._over = reading, False
@@ -142,11 +138,17 @@ class Later(Generic[T]):
             self._go_on()
         return self._over
 
+    def result(self) -> T:
+        """What it gave; waits where it has not arrived, and for nothing that the device was asked for after it was begun."""
+        while not self.arrived():
+            self._go_on()  # what it needs it waits for by itself
+        return self._found
+
     def _go_on(self) -> None:
         try:
             self._needs = next(self._reading)
         except StopIteration as end:
-            self.result, self._over, self._needs = end.value, True, ()
+            self._found, self._over, self._needs = end.value, True, ()
 
 
 def together(readings: Sequence[Reading[Any]]) -> Reading[list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -97,6 +97,7 @@ class LoopState:
         self._trained = 0.0
         self._since: float | None = None
         self._later: Later[Any] | None = None  # a reading under way
+        self.settling: Callable[[LoopState], None] | None = None  # of the present fit: see settle
 
     @property
     def elapsed(self) -> float:
@@ -160,6 +161,11 @@ class LoopState:
     def drop_reading(self) -> None:
         """Forget a reading that is under way, as a fit begins or ends."""
         self._later = None
+
+    def settle(self) -> None:
+        """Have callbacks that look later at the device do so now: before weights are judged or kept, or the fit ends."""
+        if self.settling is not None:
+            self.settling(self)
 
     def _means(self, *, last: bool = False) -> Reading[dict[str, Any]]:
         found = (yield from self.meter.reading(last=last)) if len(self.meter) else {}

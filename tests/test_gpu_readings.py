@@ -88,7 +88,7 @@ def test_metrics_are_read_without_a_wait(monkeypatch, large):
                     later = Later(meter.reading())
         while not later.arrived():
             pass
-        read.append(later.result)
+        read.append(later.result())
         with refused() if device == "cuda" else contextlib.nullcontext():
             read += [meter.read(), meter.read(last=True)]
         return read

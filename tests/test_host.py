@@ -49,7 +49,7 @@ def test_a_reading_goes_on_when_what_it_needs_has_arrived(road):
     assert (later.arrived(), log) == (False, ["first"])
     road.arrive()
     assert later.arrived()
-    assert later.result == 9.0
+    assert later.result() == 9.0
     assert road.waits == 0
 
 
@@ -71,7 +71,7 @@ def test_several_are_begun_at_the_same_moment_and_one_may_need_more_than_another
     assert not later.arrived()
     road.arrive()
     assert later.arrived()
-    assert later.result == [15.0, 3.0, "nothing"]
+    assert later.result() == [15.0, 3.0, "nothing"]
     assert at_once(together([])) == []
 
 
@@ -90,7 +90,7 @@ def test_what_a_reading_raises_is_raised_by_who_looks(road):
 def test_on_the_cpu_a_reading_is_through_at_once():
     later = Later(doubled(torch.tensor(2.0)))
     assert later.arrived()
-    assert later.result == 4.0
+    assert later.result() == 4.0
 
 
 def test_copies_to_keep_are_waited_for_once(road):

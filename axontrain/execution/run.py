@@ -196,7 +196,7 @@ def session(run: Run) -> Iterator[None]:
     """
     state, hooks = run.state, run.hooks
     state.status, state.plan, state.request, state.error = "running", run.plan, run.pending, None
-    state.old_plan, state.half_done = run.plan, False
+    state.old_plan, state.half_done, state.settling = run.plan, False, hooks.settle
     clear_gradients(state.objective)
     state.hide_averages()
     with contextlib.ExitStack() as stack:
@@ -238,6 +238,7 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            state.settling = None
             state.drop_reading()  # all that it would have counted is counted at the next
             state.end_vetoes()  # of a step that was not done
             state.show_averages()
