@@ -2,32 +2,17 @@
 
 ``.item()`` waits until the device has done all that it was asked for, and leaves it idle until it is asked for more. Here a
 number is copied into pinned memory after what made it, and an event tells when it is there. Who needs it now waits for that
-event; who does not looks again later. On the CPU nothing is copied: a number is read when it is asked for.
-
-A reading is a generator, so that one text serves both: it yields what it needs to go on, and returns what was read. What it
-changes it changes at its end, so that one that is dropped has changed nothing.
-
->>> def mean(values):
-...     sums = Fetch([values.sum(), len(values)])
-...     yield [sums]
-...     total, count = sums.values()
-...     return total / count
->>> at_once(mean(torch.tensor([1.0, 2.0])))
-1.5
->>> later = Later(mean(torch.tensor([1.0, 2.0])))
->>> later.arrived(), later.result()  # on the CPU at once
-(True, 1.5)
+event; who does not looks again later (see :mod:`axontrain.readings`). On the CPU nothing is copied: a number is read when it is
+asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 class Mark(Protocol):
@@ -109,83 +94,19 @@ class Fetch:
         return self._values
 
 
-Reading: TypeAlias = Generator[Sequence[Fetch], None, T]
-
-
-def at_once(reading: Reading[T]) -> T:
-    """What a reading gives; waits for all that it needs."""
-    while True:
-        try:
-            next(reading)  # it waits by itself, for what it looks at
-        except StopIteration as end:
-            found: T = end.value
-            return found
-
-
-class Later(Generic[T]):
-    """A reading under way: begun now, and ended by whoever looks at it when all it needs has arrived."""
-
-    _found: T
-
-    def __init__(self, reading: Reading[T]) -> None:
-        self._reading, self._over = reading, False
-        self._needs: Sequence[Fetch] = ()
-        self._go_on()
-
-    def arrived(self) -> bool:
-        """Go on as far as that can be done without waiting; whether it is through. It raises what the reading raises."""
-        while not self._over and all(need.arrived() for need in self._needs):
-            self._go_on()
-        return self._over
-
-    def result(self) -> T:
-        """What it gave; waits where it has not arrived, and for nothing that the device was asked for after it was begun."""
-        while not self.arrived():
-            self._go_on()  # what it needs it waits for by itself
-        return self._found
-
-    def _go_on(self) -> None:
-        try:
-            self._needs = next(self._reading)
-        except StopIteration as end:
-            self._found, self._over, self._needs = end.value, True, ()
-
-
-def together(readings: Sequence[Reading[Any]]) -> Reading[list[Any]]:
-    """Several readings begun at the same moment, each of which goes on in its turn; what they gave."""
-    found: list[Any] = [None] * len(readings)
-    needs: dict[int, Sequence[Fetch]] = dict.fromkeys(range(len(readings)), ())
-    while needs:
-        for number in tuple(needs):
-            try:
-                needs[number] = next(readings[number])
-            except StopIteration as end:
-                found[number] = end.value
-                del needs[number]
-        if needs:
-            yield [need for of_one in needs.values() for need in of_one]
-    return found
-
-
-def numbers(values: Mapping[str, Any]) -> Reading[dict[str, float]]:
-    """Read scalars by name."""
-    fetch = Fetch(values.values())
-    yield [fetch]
-    return {name: float(value) for name, value in zip(values, map(_single, fetch.values()), strict=True)}
-
-
-def _single(value: Any) -> Any:
-    while isinstance(value, list):  # of a tensor (1, 1)
+def single(value: Any) -> Any:
+    """The number that a list of one holds, or a list of such a list: of a tensor (1, 1)."""
+    while isinstance(value, list):
         (value,) = value
     return value
 
 
 def item(tensor: Tensor) -> Any:
     """The number of a tensor that holds one; waits for it, and for nothing that the device was asked for after it."""
-    return _single(Fetch([tensor]).values()[0])
+    return single(Fetch([tensor]).values()[0])
 
 
-def apart(device: torch.device) -> bool:
+def travels(device: torch.device) -> bool:
     """Whether numbers have to travel to the host from a device."""
     return device.type in ROADS
 

@@ -19,10 +19,11 @@ from axontrain.data.structure import to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses, warn
 from axontrain.guard import BufferGuard
 from axontrain.history import History
-from axontrain.host import Later, Reading, apart, at_once, placed, together
+from axontrain.host import placed, travels
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names, torn
 from axontrain.objective import Step
+from axontrain.readings import Later, Reading, at_once, together
 from axontrain.shown import NAME, plain
 from axontrain.update import Update
 
@@ -143,7 +144,7 @@ class LoopState:
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
         """
-        if self._later is None and not apart(_device_of(self.objective)):
+        if self._later is None and not travels(_device_of(self.objective)):
             self.read() if means else self.read_updates()
             return True
         later, self._later = self._later, None
@@ -154,7 +155,7 @@ class LoopState:
         return self._later is None
 
     @property
-    def reading(self) -> bool:
+    def under_way(self) -> bool:
         """Whether a reading is under way."""
         return self._later is not None
 

@@ -28,8 +28,9 @@ from axontrain.errors import (
     unknown,
 )
 from axontrain.guard import Guard, on_one_device, within
-from axontrain.host import Fetch, Later, Reading, at_once, numbers, placed, together
+from axontrain.host import Fetch, placed
 from axontrain.optimizer import Optimizer, build, parts
+from axontrain.readings import Later, Reading, at_once, numbers, together
 from axontrain.schedule_free import OwnAverage, averaging
 from axontrain.shown import NAME, plain
 

@@ -14,9 +14,10 @@ from axontrain.data import transfer
 from axontrain.data.augment import Crop, Cutout, Flip
 from axontrain.data.structure import tensors
 from axontrain.execution import run
-from axontrain.host import Fetch, Later, item, on_cpu, placed, scalar
+from axontrain.host import Fetch, item, on_cpu, placed, scalar
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Step
+from axontrain.readings import Later
 
 pytestmark = [
     pytest.mark.gpu,

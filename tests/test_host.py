@@ -4,7 +4,8 @@ import pytest
 import torch
 from roads import SlowRoad
 
-from axontrain.host import Fetch, Later, at_once, copied, item, numbers, on_cpu, placed, scalar, together
+from axontrain.host import Fetch, copied, item, on_cpu, placed, scalar
+from axontrain.readings import Later, at_once, numbers, together
 
 
 @pytest.fixture

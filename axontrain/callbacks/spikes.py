@@ -11,7 +11,8 @@ from torch import Tensor
 from axontrain.callback import Answer, GoBack, Looker
 from axontrain.checkpoint import runs
 from axontrain.errors import CheckpointError, ConfigurationError, warn, whole
-from axontrain.host import Fetch, Later, Reading, apart, at_once, placed
+from axontrain.host import Fetch, placed, travels
+from axontrain.readings import Later, Reading, at_once
 from axontrain.state import LoopState, Stop
 
 RISE = 0.1  # no leap is smaller than this share of the mean
@@ -128,7 +129,7 @@ class SpikeGuard(Looker):
             return answer
         self._later = self._begun()
         # Not whether it has arrived: what is decided at a step would hang on how fast the device was.
-        return answer if apart(self._found[-1][1].device) else self.settle(state) or answer
+        return answer if travels(self._found[-1][1].device) else self.settle(state) or answer
 
     def after_fit(self, state: LoopState) -> Answer:
         """Tell of the rest; what it comes to is for the next look, if the run goes on."""

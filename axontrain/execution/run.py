@@ -171,7 +171,7 @@ class Run:
         self.next_step = min(plan.last_step, self.validate.next_step(state), *(s.next_step(state) for s in self.savers))
         now = time.perf_counter()
         if now >= self.next_reading:
-            self.next_reading = now + (LOOK_AGAIN_SECONDS if state.reading else READ_EVERY_SECONDS)
+            self.next_reading = now + (LOOK_AGAIN_SECONDS if state.under_way else READ_EVERY_SECONDS)
         left = min([self.validate.seconds_left(state), *(saver.seconds_left(state) for saver in self.savers)])
         self.next_time = min(self.next_reading, now + left)
         if plan.seconds is not None:

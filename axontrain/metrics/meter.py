@@ -18,11 +18,12 @@ from torch import Tensor
 from axontrain import randomness
 from axontrain.data.structure import mapped
 from axontrain.errors import MetricError, kind_of
-from axontrain.host import Fetch, Reading, apart, at_once, item, together
+from axontrain.host import Fetch, item, travels
 from axontrain.metrics.means import Entry, Sums, merge, summed
 from axontrain.metrics.means import reading as of_sums
 from axontrain.metrics.registry import Built, build, resolve
 from axontrain.objective import Step, batch_size
+from axontrain.readings import Reading, at_once, together
 from axontrain.shown import plain
 
 FOLD = 256
@@ -341,7 +342,7 @@ class _Tally:
         metric, updates, skips, twin = self.metric, self.updates, self.skips, self.built.twin
         groups = [*self.groups, *([_Group(list(self.waiting))] if self.waiting else [])]
         # A copy, where more is to go into it, or has to be computed when more may have come.
-        if groups or (twin is None and not last and apart(metric.device)):
+        if groups or (twin is None and not last and travels(metric.device)):
             metric = metric.clone()
         if groups:
             yield [group.flags for group in groups if group.flags is not None]

@@ -1,4 +1,4 @@
-"""SpikeGuard where what it looks at arrives later, as from a GPU: what it decides is what it decides where nothing is waited for."""
+"""SpikeGuard where what it looks at arrives later, as from a GPU: it decides what it decides where nothing is waited for."""
 
 import warnings
 from collections import deque

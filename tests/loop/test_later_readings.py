@@ -13,11 +13,11 @@ import axontrain.loop
 import axontrain.update
 from axontrain import host
 from axontrain.execution import run
-from axontrain.host import Later
 from axontrain.metrics import meter as meters
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import BUILT_IN
 from axontrain.objective import Step
+from axontrain.readings import Later
 
 
 class Counting(ax.Objective):
@@ -57,7 +57,7 @@ def test_a_reading_is_shown_when_it_has_arrived_and_is_of_the_step_at_which_it_w
 
     @loop.on("after_batch")
     def look(state):
-        shown[state.step] = state.values.get("train/loss"), state.reading
+        shown[state.step] = state.values.get("train/loss"), state.under_way
         if state.step in (4, 5, 8):
             road.arrive()
 
@@ -69,7 +69,7 @@ def test_a_reading_is_shown_when_it_has_arrived_and_is_of_the_step_at_which_it_w
     assert [shown[step] for step in (6, 7, 8)] == [(1.0, True)] * 3
     assert shown[9] == (3.0, False)
     assert result.values["train/loss"] == 5.5  # at the epoch's end it waits
-    assert not loop.state.reading
+    assert not loop.state.under_way
     assert [row["train/loss"] for row in result.history] == [5.5]
 
 
@@ -199,7 +199,7 @@ def test_too_many_in_a_row_are_an_error_when_that_has_arrived(road):
         loop.fit(batches(20, bad=(2, 3, 4)), epochs=1)
     assert loop.state.step == 13
     assert caught.value.steps == (4, 5)
-    assert not loop.state.reading
+    assert not loop.state.under_way
 
 
 def test_a_fit_that_fails_forgets_what_was_under_way_and_the_next_one_counts_it(road):
@@ -212,7 +212,7 @@ def test_a_fit_that_fails_forgets_what_was_under_way_and_the_next_one_counts_it(
 
     with pytest.raises(RuntimeError, match="here"):
         loop.fit(batches(6, bad=(1,)), epochs=1)
-    assert not loop.state.reading
+    assert not loop.state.under_way
     assert loop.state.optimizers["main"].skipped == 0
     road.arrive()
     with pytest.warns(ax.NonFiniteWarning, match="step 2"):
@@ -259,9 +259,9 @@ def test_another_state_drops_what_was_under_way(road):
     first, state = loop.save(), loop.state
     for batch in batches(3, bad=(0,)):
         loop.train_on_batch(batch)
-    assert state.reading
+    assert state.under_way
     loop.restore(first)
-    assert not state.reading
+    assert not state.under_way
     road.arrive()
     loop.train_on_batch(batches(1)[0])
     state.read()
