@@ -69,12 +69,18 @@ class Fetch:
     def __init__(self, values: Iterable[Any]) -> None:
         self._values: list[Any] = []
         devices: dict[torch.device, Road] = {}
-        for value in values:
+        given = list(values)
+        for value in given:
             road = ROADS.get(value.device.type) if isinstance(value, Tensor) else None
             if road is not None:
                 devices[value.device] = road
                 value = road.sent(value)
             self._values.append(value)
+        if devices:  # what does not travel is looked at when the rest has come, and may have been changed by then
+            self._values = [
+                one.clone() if isinstance(one, Tensor) and one is value else one
+                for one, value in zip(self._values, given, strict=True)
+            ]
         self._marks = [road.mark(device) for device, road in devices.items()]
 
     def arrived(self) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from roads import SlowRoad
 
-from axontrain.host import Fetch, copied, item, on_cpu, placed, scalar
+from axontrain.host import ROADS, Fetch, copied, item, on_cpu, placed, scalar
 from axontrain.readings import Later, at_once, numbers, together
 
 
@@ -109,3 +109,13 @@ def test_a_number_becomes_the_tensor_that_torch_makes_of_it(value):
     assert made.dtype is torch.as_tensor(value).dtype
     assert torch.equal(made, torch.as_tensor(value))
     assert placed(made, cpu) is made
+
+
+def test_what_does_not_travel_is_of_the_same_moment_as_what_does(monkeypatch, road):
+    monkeypatch.setitem(ROADS, "meta", ROADS.pop("cpu"))
+    here = torch.tensor(1.0)
+    fetch, alone = Fetch([here, torch.ones((), device="meta")]), Fetch([here])
+    here.fill_(2.0)
+    assert not fetch.arrived()
+    assert fetch._values[0].item() == 1.0
+    assert alone.there()[0] is here  # and is not copied where nothing does

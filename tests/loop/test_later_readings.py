@@ -461,3 +461,86 @@ def test_a_guard_against_spikes_tells_at_the_next_look(road, monkeypatch, step):
         again.fit(data, epochs=1, resume=True)
     assert [str(one.message) for one in caught if "SpikeGuard" in str(one.message)] == ([message] if step < 15 else [])
     assert told[17] == (step < 15)
+
+
+@pytest.mark.parametrize("rows", [4, 40_000], ids=["small", "large"])
+def test_metrics_that_are_on_the_cpu_are_read_as_they_were_when_the_rest_was_sent(monkeypatch, rows):
+    """As of a step whose predictions were brought to the host, while its loss is on the device."""
+    import torchmetrics  # which takes seconds
+
+    class Elsewhere(SlowRoad):  # a device of which all values are 1
+        def sent(self, tensor):
+            there = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
+            self.under_way.append((there, torch.ones(tensor.shape, dtype=tensor.dtype)))
+            return there
+
+    class Share(torchmetrics.MeanMetric):
+        def update(self, predictions, targets):
+            super().update((predictions.argmax(-1) == targets).float())
+
+    road = Elsewhere()
+    monkeypatch.setitem(host.ROADS, "meta", road)
+    meter = Meter({"share": Share(), "accuracy": "accuracy"})
+
+    def record(right):
+        predictions = torch.tensor([[1.0, 0.0] if right else [0.0, 1.0]]).repeat(rows, 1)
+        meter.record(Step(torch.ones((), device="meta"), predictions, torch.zeros(rows, dtype=torch.long), weight=rows))
+
+    record(True)
+    record(True)
+    later = begun(meter)
+    record(False)
+    record(False)
+    assert not later.arrived()
+    road.arrive()
+    assert later.result() == {"loss": 1.0, "share": 1.0, "accuracy": 1.0}
+    assert road.waits == 0
+
+
+SIZES = [3, 3, 20, 3, 20, 20, 3, 3, 20, 3, 3, 3]  # rows: more than ten are large
+
+
+def of_sizes(meter, first, last, sizes=SIZES, bad=(1, 4, 6)):
+    for n in range(first, last):
+        recorded(meter, 1, first=n, bad=bad, rows=sizes[n])
+
+
+@pytest.mark.parametrize("saved", [5, 9])
+def test_large_predictions_wait_for_their_turn_where_small_ones_wait_for_their_flags(monkeypatch, saved):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 10 * 16)
+    metrics = {"accuracy": "accuracy", "f1": "f1", "perplexity": "perplexity"}
+    plain = Meter(metrics)
+    of_sizes(plain, 0, 12)
+    road = SlowRoad.on_the_cpu(monkeypatch)
+    meter, again = Meter(metrics), Meter(metrics)
+    of_sizes(meter, 0, saved)
+    again.load_state_dict(meter.state_dict())
+    later = begun(meter)
+    for one in (meter, again):
+        waits = road.waits
+        of_sizes(one, saved, 12)
+        assert road.waits == waits
+    while not later.arrived():
+        road.arrive()
+    before = Meter(metrics)
+    of_sizes(before, 0, saved)
+    assert later.result() == before.read()
+    assert len(meter._tallies[0].groups) > 2
+    of_sizes(meter, 2, 3)  # a large one, before which all but the last small ones are known
+    of_sizes(plain, 2, 3)
+    assert [group.large for group in meter._tallies[0].groups] == [False, True]
+    of_sizes(again, 2, 3)
+    assert meter.read() == again.read() == plain.read()
+    assert meter.read(last=True) == again.read(last=True) == plain.read(last=True)
+
+
+def test_so_many_large_ones_may_wait(monkeypatch):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 10 * 16)
+    monkeypatch.setattr(meters, "MOST_BYTES", 3 * 20 * 16)
+    road = SlowRoad.on_the_cpu(monkeypatch)
+    meter = Meter({"accuracy": "accuracy"})
+    of_sizes(meter, 0, 6, [3, *[20] * 20])
+    assert road.waits == 0
+    of_sizes(meter, 6, 8, [3, *[20] * 20])
+    assert road.waits == 1
+    assert meter._tallies[0].groups == []
