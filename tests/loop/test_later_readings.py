@@ -510,7 +510,9 @@ def test_large_predictions_wait_for_their_turn_where_small_ones_wait_for_their_f
     monkeypatch.setattr(meters, "SMALL_BYTES", 10 * 16)
     metrics = {"accuracy": "accuracy", "f1": "f1", "perplexity": "perplexity"}
     plain = Meter(metrics)
-    of_sizes(plain, 0, 12)
+    of_sizes(plain, 0, saved)
+    expected = plain.read()
+    of_sizes(plain, saved, 12)
     road = SlowRoad.on_the_cpu(monkeypatch)
     meter, again = Meter(metrics), Meter(metrics)
     of_sizes(meter, 0, saved)
@@ -522,9 +524,7 @@ def test_large_predictions_wait_for_their_turn_where_small_ones_wait_for_their_f
         assert road.waits == waits
     while not later.arrived():
         road.arrive()
-    before = Meter(metrics)
-    of_sizes(before, 0, saved)
-    assert later.result() == before.read()
+    assert later.result() == expected
     assert len(meter._tallies[0].groups) > 2
     of_sizes(meter, 2, 3)  # a large one, before which all but the last small ones are known
     of_sizes(plain, 2, 3)
