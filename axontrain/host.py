@@ -148,8 +148,18 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; from the CPU to a GPU without waiting for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU in pinned memory, in the layout that it would have on a device.
+
+    Of the others a copy waits until the device has come to it: of those that are not pinned, and of those with gaps.
+    """
+    if tensor.is_pinned() and (tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()):
+        return tensor
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def scalar(value: Any, device: torch.device) -> Tensor:
@@ -158,4 +168,7 @@ def scalar(value: Any, device: torch.device) -> Tensor:
     >>> scalar(3, torch.device("cpu")), scalar(0.5, torch.device("cpu"))
     (tensor(3), tensor(0.5000))
     """
-    return placed(value, device) if isinstance(value, Tensor) else torch.full((), value, device=device)
+    # What is not exactly one of Python's, as NumPy's, has another dtype, or is no number that torch.full takes.
+    if type(value) in (bool, int, float):
+        return torch.full((), value, device=device)
+    return placed(torch.as_tensor(value), device)

@@ -1,10 +1,11 @@
 """Numbers that travel to the host: begun now, looked at later, or waited for where they are needed at once."""
 
+import numpy as np
 import pytest
 import torch
 from roads import SlowRoad
 
-from axontrain.host import ROADS, Fetch, copied, item, on_cpu, placed, scalar
+from axontrain.host import ROADS, Fetch, copied, item, on_cpu, pinned, placed, scalar
 from axontrain.readings import Later, at_once, numbers, together
 
 
@@ -103,12 +104,43 @@ def test_copies_to_keep_are_waited_for_once(road):
     assert on_cpu({"there": there})["there"] is there
 
 
-@pytest.mark.parametrize("value", [3, True, 0.5, torch.tensor([2.0])])
+@pytest.mark.parametrize(
+    "value", [3, True, 0.5, torch.tensor([2.0]), np.array(0.5), np.float64(0.1), np.float32(0.1), np.int32(3)], ids=repr
+)
 def test_a_number_becomes_the_tensor_that_torch_makes_of_it(value):
     made, cpu = scalar(value, torch.device("cpu")), torch.device("cpu")
     assert made.dtype is torch.as_tensor(value).dtype
     assert torch.equal(made, torch.as_tensor(value))
     assert placed(made, cpu) is made
+
+
+LAYOUTS = {
+    "contiguous": torch.arange(24.0).reshape(2, 3, 2, 2),
+    "channels_last": torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    "transposed": torch.arange(6).reshape(2, 3).t(),
+    "with gaps": torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)[:, :2],
+    "expanded": torch.arange(3).expand(4, 3),
+    "one": torch.tensor(True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_its_layout_a_tensor_is_pinned_in_that_of_its_copy(monkeypatch, layout):
+    empty_like, made = torch.empty_like, []
+
+    def without_pins(tensor, *, pin_memory=False, device=None):
+        made.append(pin_memory)
+        return empty_like(tensor, device=device)
+
+    monkeypatch.setattr(torch, "empty_like", without_pins)
+    tensor = LAYOUTS[layout]
+    there = pinned(tensor)
+    assert made == [True]
+    assert torch.equal(there, tensor)
+    assert there.stride() == tensor.clone().stride()
+    # What has gaps has them in pinned memory too.
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: True)
+    assert (pinned(tensor) is tensor) == (layout not in ("with gaps", "expanded"))
 
 
 def test_what_does_not_travel_is_of_the_same_moment_as_what_does(monkeypatch, road):
