@@ -329,7 +329,8 @@ class _Tally:
     def record(self, predictions: Any, targets: Any, skipped: Tensor | None, weights: Tensor | None = None) -> None:
         tensors = isinstance(predictions, Tensor) and isinstance(targets, Tensor)
         size = predictions.nbytes + targets.nbytes if tensors else SMALL_BYTES + 1
-        large = self._is_large(size, skipped)
+        joined = self.built.joinable and size <= SMALL_BYTES
+        large = not joined and not (self.listed and skipped is not None)
         if large:
             if self.groups or self.waiting:  # whose turn is before it
                 self._consume(rest=True, wait=self.bytes + size > 2 * MOST_BYTES)
@@ -341,24 +342,15 @@ class _Tally:
             predictions, targets = predictions.clone(), targets.clone()
         else:
             predictions, targets = _copied(predictions), _copied(targets)
-        self._add((predictions, targets, skipped, None if weights is None else weights.clone()), large)
+        self.waiting.append((predictions, targets, skipped, None if weights is None else weights.clone()))
+        if large:
+            self._close(large=True)
+        elif len(self.waiting) == FOLD:
+            self._join()
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and self.groups):
             self._consume(rest=not self.built.joinable, wait=self.bytes > 2 * MOST_BYTES)
-
-    def _is_large(self, size: int, skipped: Tensor | None) -> bool:
-        """Whether predictions go to the metric by themselves: too large to be joined, or not to be; nor in need of a flag."""
-        return not (self.built.joinable and size <= SMALL_BYTES) and not (self.listed and skipped is not None)
-
-    def _add(self, entry: Waiting, large: bool) -> None:
-        if large:
-            self._close()
-            self.groups.append(_Group([entry], large=True))
-            return
-        self.waiting.append(entry)
-        if len(self.waiting) == FOLD:
-            self._join()
 
     def reading(self, last: bool, now: bool) -> Reading[dict[str, Any]]:
         self._consume(rest=last, wait=last)
@@ -422,24 +414,22 @@ class _Tally:
                 raise MetricError(f"the metric {self.name!r} has no state {key!r}: the saved one was another metric")
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        for saved in state["waiting"]:
-            for entry in _Joined(**saved).steps() if isinstance(saved, Mapping) else [tuple(saved)]:
-                size = _bytes(entry[0]) + _bytes(entry[1])
-                self._add(entry, self._is_large(size, entry[2]))
-                self.bytes += size
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
+        for saved in state["waiting"]:
+            for entry in _Joined(**saved).steps() if isinstance(saved, Mapping) else [tuple(saved)]:
+                self.record(*entry)
 
     def _join(self) -> None:
         """Make a group of what waits, of one tensor each where that can be."""
         self.groups.append(_Group(self.waiting, join=self.built.joinable))
         self.waiting = []
 
-    def _close(self) -> None:
+    def _close(self, *, large: bool = False) -> None:
         """Make a group of what waits, though it is none of so many."""
         if self.waiting:
-            self.groups.append(_Group(self.waiting))
+            self.groups.append(_Group(self.waiting, large=large))
             self.waiting = []
 
     def _consume(self, *, rest: bool, wait: bool) -> None:
