@@ -149,7 +149,7 @@ class LoopState:
             return True
         later, self._later = self._later, None
         if later is None:
-            later = Later(together([*self._of_updates(), *([self._means()] if means else [])]))
+            later = Later(self._all(self._means()) if means else together(self._of_updates()))
         if not later.arrived():
             self._later = later
         return self._later is None
@@ -173,6 +173,12 @@ class LoopState:
         readings = {f"train/{name}": value for name, value in found.items()}
         self.values.update(readings)
         return readings
+
+    def _all(self, means: Reading[dict[str, Any]]) -> Reading[None]:
+        # Begun at one moment; but who learns of a NaN need not wonder at what a metric makes of it: an error of theirs waits.
+        found = yield from together([together(self._of_updates()), _held(means)])
+        if found[1] is not None:
+            raise found[1]
 
     def _of_updates(self) -> list[Reading[Any]]:
         buffers = [] if self.buffers is None else [self.buffers.settling()]
@@ -493,6 +499,15 @@ def _state_of(name: str, part: Stateful) -> Any:
     except Exception as error:
         error.add_note(f"in the state_dict of {name.removeprefix('callback/')}, which takes part in saving")
         raise
+
+
+def _held(reading: Reading[Any]) -> Reading[Exception | None]:
+    """The same, but it gives what it would raise."""
+    try:
+        yield from reading
+    except Exception as error:
+        return error
+    return None
 
 
 def _device_of(module: nn.Module) -> torch.device:

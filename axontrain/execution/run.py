@@ -198,6 +198,7 @@ def session(run: Run) -> Iterator[None]:
     state.status, state.plan, state.request, state.error = "running", run.plan, run.pending, None
     state.old_plan, state.half_done, state.settling = run.plan, False, hooks.settle
     clear_gradients(state.objective)
+    state.drop_reading()  # by hand, of which nobody asks for the means
     state.hide_averages()
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.lock)

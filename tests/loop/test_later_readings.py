@@ -544,3 +544,53 @@ def test_so_many_large_ones_may_wait(monkeypatch):
     of_sizes(meter, 6, 8, [3, *[20] * 20])
     assert road.waits == 1
     assert meter._tallies[0].groups == []
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_too_many_in_a_row_are_told_before_what_a_metric_makes_of_them(monkeypatch, road, bad):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 0)
+
+    class Wrong(Counting):
+        metrics = ("accuracy",)  # of targets that it cannot take, which it learns of before the losses are there
+
+        def train_step(self, batch):
+            return Step(self.loss(self.predict(batch), batch), torch.zeros(4, 2), torch.full((4, 2), 3.5), weight=4)
+
+    loop = ax.Loop(Wrong(), ax.Optimizer("sgd", lr=0.1, patience=2), device="cpu", progress=False)
+    monkeypatch.setattr(axontrain.loop, "READ_EVERY_SECONDS", 1e9)
+    for batch in batches(3, bad=range(1, 1 + bad)):
+        loop.train_on_batch(batch)
+
+    def read():
+        while not loop.state.read_later():
+            road.arrive()
+
+    with pytest.raises(ax.NonFiniteError if bad else ax.MetricError):
+        read()
+    assert not loop.state.under_way
+
+
+def test_a_reading_of_nothing_changes_nothing():
+    """Not what is counted of losses that were bad in a row, where losses are scaled."""
+    loop = made(patience=3)
+    update = loop.state.optimizers["main"]
+    update.scaled = True
+    for batch in batches(2, bad=(0, 1)):
+        loop.train_on_batch(batch)
+    with pytest.warns(ax.NonFiniteWarning, match="2 updates"):
+        update.read()
+    before = update.bad_losses, update.in_a_row, update.skipped
+    update.read()
+    assert (update.bad_losses, update.in_a_row, update.skipped) == before == (2, 2, 2)
+    loop.train_on_batch(batches(1, bad=(0,))[0])
+    with pytest.raises(ax.NonFiniteError, match="3 in a row"):
+        update.read()
+
+
+def test_a_reading_by_hand_is_not_that_of_a_fit(road):
+    loop, seen = made(), []
+    loop.train_on_batch(batches(1)[0])
+    assert loop.state.under_way  # of what was skipped, and of no mean
+    loop.on("after_batch")(lambda state: seen.append(state.under_way))
+    loop.fit(batches(2), epochs=1)
+    assert seen == [False, True]
