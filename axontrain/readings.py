@@ -3,6 +3,10 @@
 A reading is a generator, so that one text serves both: it yields what it needs to go on, and returns what was read. What it
 changes it changes at its end, so that one that is dropped has changed nothing.
 
+On a GPU a fit waits all the same: at an epoch's end, before a validation and after it, for a save, and where it ends; within an
+epoch where a metric sorts all that it was given (``auroc``, ``average_precision``), or is somebody's that looks at numbers by
+itself; and where far more updates, or predictions, have come than should be kept until their flags are known.
+
 >>> import torch
 >>> def mean(values):
 ...     sums = Fetch([values.sum(), len(values)])

@@ -49,7 +49,8 @@ class LoopState:
         step: batches trained on.
         samples: samples trained on.
         batch_index: batches of the present epoch trained on.
-        values: the last readings, by name ("train/loss", "val/accuracy", ...).
+        values: the last readings, by name ("train/loss", "val/accuracy", ...). Within an epoch, on a GPU, the training means
+            are those of the step at which their reading was begun, some steps ago; at its end, and in ``read()``, of the last.
         history: all readings.
         status: "ready", "running", "completed", "stopped", "interrupted" or "failed".
         last: the last Step; its loss and predictions are on the device.
