@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from axontrain.update import Update
 
 COUNTED, AUTO = "counted", "auto"
 WAIT, REST = "wait", "rest"
+MOST_LATER = 64  # readings that are on their way; further ones are waited for
 
 
 class Throughput(Reader, Looker):
@@ -120,7 +122,7 @@ class Throughput(Reader, Looker):
         # Of the steps since the last reading.
         self._steps, self._samples, self._flops = 0, 0, 0.0
         self._tokens: int | Tensor = 0
-        self._later: Later[None] | None = None  # a reading on its way
+        self._later: deque[Later[None]] = deque()  # readings on their way
 
     def __repr__(self) -> str:
         options = {"every": (self.every, None), "tokens": (self.tokens, None), "flops": (self.flops, COUNTED)}
@@ -138,7 +140,7 @@ class Throughput(Reader, Looker):
         self._watch = Stopwatch(device)
         own = getattr(state.objective.weight, "__func__", None) not in (Objective.weight, Supervised.weight)
         self._counts_weight = self.tokens is None and own
-        self.flops_per_sample, self._later = {}, None
+        self.flops_per_sample, self._later = {}, deque()
         self._most, self._of_batch = 0, (0, 0)
         self._searching = [update for update in state.optimizers.values() if update.spec.closure]
         self._evaluated = sum(update.evaluations for update in self._searching)
@@ -180,19 +182,16 @@ class Throughput(Reader, Looker):
             weight = state.last.weight
             tokens = weight.detach().reshape(()).to(torch.int64) if isinstance(weight, Tensor) else weight
         self._tokens = self._tokens + tokens
-        if self._later is not None and self._later.arrived():
-            self._later = None
         if self.every is not None and self.cadences["after_batch"].due(state):
-            self.settle(state)  # a whole cadence later that has arrived
-            later = Later(self._recorded(state))
-            self._later = None if later.arrived() else later
+            self._later.append(Later(self._recorded(state)))
+        while self._later and (len(self._later) > MOST_LATER or self._later[0].arrived()):
+            self._later.popleft().result()
         return None
 
     def settle(self, state: LoopState) -> Answer:
         """Record what is on its way; waits for it."""
-        later, self._later = self._later, None
-        if later is not None:
-            later.result()
+        while self._later:
+            self._later.popleft().result()
         return None
 
     def look(self, state: LoopState, *, partial: bool = False) -> Answer:

@@ -348,7 +348,7 @@ def test_on_a_device_the_time_is_the_devices(clock, device):
 
 
 def test_on_a_device_a_reading_within_an_epoch_is_recorded_for_its_step_when_it_has_arrived(clock, device):
-    """Nobody waits for it, but where the next one is due, or the epoch ends."""
+    """Nobody waits for it but the end of an epoch."""
     waits, there = {}, {}
     loop = loop_of(
         ax.Throughput(peak=None, every=4, tokens=lambda batch: 3), objective=Timed(lambda: device.works(1.0)), metrics=None
@@ -362,12 +362,23 @@ def test_on_a_device_a_reading_within_an_epoch_is_recorded_for_its_step_when_it_
             clock.takes(5.0)  # the device is through with the fifth
 
     loop.fit(table(8 * 14), epochs=1, batch_size=8)
-    assert [there[step] for step in (4, 5, 6, 7, 11, 12)] == [[], [], [], [4], [4], [4, 8]]
-    assert (waits[11], waits[12]) == (0, 1)  # of the second, which had not arrived as the third was due
+    assert [there[step] for step in (4, 5, 6, 7, 14)] == [[], [], [], [4], [4]]
+    assert waits[14] == 0
+    assert device.waits == 2  # for the second and the third
     assert at(loop) == [4, 8, 12]
     assert [row["step"] for row in loop.state.history] == [4, 6, 8, 12, 14]
     assert readings(loop, "steps_per_second") == [pytest.approx(1.0)] * 3
     assert readings(loop, "tokens_per_second") == [pytest.approx(3.0)] * 3
+
+
+def test_on_a_device_so_many_readings_may_be_on_their_way(clock, device, monkeypatch):
+    monkeypatch.setattr("axontrain.callbacks.throughput.MOST_LATER", 3)
+    waits = {}
+    loop = loop_of(ax.Throughput(peak=None, every=1), objective=Timed(lambda: device.works(1.0)), metrics=None)
+    loop.on("after_batch")(lambda state: waits.update({state.step: device.waits}))
+    loop.fit(table(8 * 6), epochs=1, batch_size=8)
+    assert waits == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 3}
+    assert at(loop) == [1, 2, 3, 4, 5, 6]
 
 
 def test_on_a_device_an_error_drops_a_reading_and_a_fit_that_ends_takes_it(clock, device):
