@@ -172,6 +172,18 @@ class Saver(Callback, abc.ABC):
         """At the very end, whatever ended it."""
 
 
+class Looker(Callback, abc.ABC):
+    """A callback that looks some steps later at what the device has found, so as not to wait for it.
+
+    What it decides may not hang on when that arrives: it decides at a step that the count of steps tells, or before that where
+    the engine has it settle: before a validation, an epoch's end, a save, and the end of a fit, all of which wait anyway.
+    """
+
+    @abc.abstractmethod
+    def settle(self, state: LoopState) -> Answer:
+        """Wait for what is under way, and act; nothing is to be done where nothing is."""
+
+
 class Reader(Callback, abc.ABC):
     """A callback that the batches of training pass through, on their way from the data to the loop.
 
@@ -209,7 +221,7 @@ class FunctionCallback(Callback):
 class Hooks:
     """The hooks of one fit: for each name a function of the state, or None where nobody wants it."""
 
-    __slots__ = HOOKS
+    __slots__ = (*HOOKS, "settle")
 
     before_fit: Callable[[LoopState], None] | None
     after_fit: Callable[[LoopState], None] | None
@@ -221,6 +233,7 @@ class Hooks:
     before_evaluate: Callable[[LoopState], None] | None
     after_evaluate: Callable[[LoopState], None] | None
     on_error: Callable[[LoopState], None] | None
+    settle: Callable[[LoopState], None] | None  # of those that look later
 
     def __init__(self, callbacks: Iterable[Callback], state: LoopState, *, resumed: bool = False) -> None:
         named = keys(callbacks)
@@ -237,6 +250,8 @@ class Hooks:
                     cadence = None if hook in callback.asks else cadence
                 wanted.append((getattr(callback, hook), cadence, (key, callback.given)))
             setattr(self, hook, _caller(hook, wanted) if wanted else None)
+        looking = [(one.settle, None, (key, one.given)) for key, one in named.items() if isinstance(one, Looker)]
+        self.settle = _caller("settle", [*looking]) if looking else None
 
 
 def keys(callbacks: Iterable[Callback]) -> dict[str, Callback]:

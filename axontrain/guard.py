@@ -19,7 +19,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from axontrain.errors import ConfigurationError
-from axontrain.host import Fetch, Reading, at_once
+from axontrain.host import Fetch
+from axontrain.readings import Reading, at_once
 
 # Optimizers whose state begins as zeros, so that a skipped first update can leave zeros behind without a host read.
 ZERO_STATE = ("SGD", "Adam", "AdamW", "Adamax", "RAdam", "RMSprop", "Adadelta", "Adagrad", "Muon")

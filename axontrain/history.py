@@ -53,7 +53,10 @@ class History:
         self._early: tuple[list[dict[str, Any]], int, dict[str, Any] | None] = (self.rows, 0, None)
 
     def add(self, step: int, epoch: int, readings: Mapping[str, Any], *, partial: bool = False) -> None:
-        """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed."""
+        """Add readings to the row of a step; a ``partial`` one is taken back when the fit is resumed.
+
+        The step may be an earlier one than the last, of readings that have taken their time to arrive.
+        """
         if self.precision != "fp32":
             readings = {PRECISION: self.precision, **readings}
         if partial and self.partial is not None and self.rows and self.rows[-1]["step"] == step:  # by another, just before
@@ -61,10 +64,15 @@ class History:
         elif partial:
             row = dict(self.rows[-1]) if self.rows and self.rows[-1]["step"] == step else None
             self.partial = {"row": row, "names": sorted(readings)}
-        if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update({"epoch": epoch, **readings})
+        place = len(self.rows)
+        while place and self.rows[place - 1]["step"] > step:
+            place -= 1
+        if place <= self._early[1]:  # among those that are packed already
+            self._early = (self.rows, 0, None)
+        if place and self.rows[place - 1]["step"] == step:
+            self.rows[place - 1].update({"epoch": epoch, **readings})
         else:
-            self.rows.append({"epoch": epoch, "step": step, **readings})
+            self.rows.insert(place, {"epoch": epoch, "step": step, **readings})
         if self.path is not None:
             try:
                 self._append({"epoch": epoch, "step": step, **readings})

@@ -2,32 +2,17 @@
 
 ``.item()`` waits until the device has done all that it was asked for, and leaves it idle until it is asked for more. Here a
 number is copied into pinned memory after what made it, and an event tells when it is there. Who needs it now waits for that
-event; who does not looks again later. On the CPU nothing is copied: a number is read when it is asked for.
-
-A reading is a generator, so that one text serves both: it yields what it needs to go on, and returns what was read. What it
-changes it changes at its end, so that one that is dropped has changed nothing.
-
->>> def mean(values):
-...     sums = Fetch([values.sum(), len(values)])
-...     yield [sums]
-...     total, count = sums.values()
-...     return total / count
->>> at_once(mean(torch.tensor([1.0, 2.0])))
-1.5
->>> later = Later(mean(torch.tensor([1.0, 2.0])))
->>> later.arrived(), later.result  # on the CPU at once
-(True, 1.5)
+event; who does not looks again later (see :mod:`axontrain.readings`). On the CPU nothing is copied: a number is read when it is
+asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 class Mark(Protocol):
@@ -84,12 +69,18 @@ class Fetch:
     def __init__(self, values: Iterable[Any]) -> None:
         self._values: list[Any] = []
         devices: dict[torch.device, Road] = {}
-        for value in values:
+        given = list(values)
+        for value in given:
             road = ROADS.get(value.device.type) if isinstance(value, Tensor) else None
             if road is not None:
                 devices[value.device] = road
                 value = road.sent(value)
             self._values.append(value)
+        if devices:  # what does not travel is looked at when the rest has come, and may have been changed by then
+            self._values = [
+                one.clone() if isinstance(one, Tensor) and one is value else one
+                for one, value in zip(self._values, given, strict=True)
+            ]
         self._marks = [road.mark(device) for device, road in devices.items()]
 
     def arrived(self) -> bool:
@@ -109,81 +100,19 @@ class Fetch:
         return self._values
 
 
-Reading: TypeAlias = Generator[Sequence[Fetch], None, T]
-
-
-def at_once(reading: Reading[T]) -> T:
-    """What a reading gives; waits for all that it needs."""
-    while True:
-        try:
-            next(reading)  # it waits by itself, for what it looks at
-        except StopIteration as end:
-            found: T = end.value
-            return found
-
-
-class Later(Generic[T]):
-    """A reading under way: begun now, and ended by whoever looks at it when all it needs has arrived.
-
-    Attributes:
-        result: what it gave, once it has arrived.
-    """
-
-    result: T
-
-    def __init__(self, reading: Reading[T]) -> None:
-        self._reading, self._over = reading, False
-        self._needs: Sequence[Fetch] = ()
-        self._go_on()
-
-    def arrived(self) -> bool:
-        """Go on as far as that can be done without waiting; whether it is through. It raises what the reading raises."""
-        while not self._over and all(need.arrived() for need in self._needs):
-            self._go_on()
-        return self._over
-
-    def _go_on(self) -> None:
-        try:
-            self._needs = next(self._reading)
-        except StopIteration as end:
-            self.result, self._over, self._needs = end.value, True, ()
-
-
-def together(readings: Sequence[Reading[Any]]) -> Reading[list[Any]]:
-    """Several readings begun at the same moment, each of which goes on in its turn; what they gave."""
-    found: list[Any] = [None] * len(readings)
-    needs: dict[int, Sequence[Fetch]] = dict.fromkeys(range(len(readings)), ())
-    while needs:
-        for number in tuple(needs):
-            try:
-                needs[number] = next(readings[number])
-            except StopIteration as end:
-                found[number] = end.value
-                del needs[number]
-        if needs:
-            yield [need for of_one in needs.values() for need in of_one]
-    return found
-
-
-def numbers(values: Mapping[str, Any]) -> Reading[dict[str, float]]:
-    """Read scalars by name."""
-    fetch = Fetch(values.values())
-    yield [fetch]
-    return {name: float(value) for name, value in zip(values, map(_single, fetch.values()), strict=True)}
-
-
-def _single(value: Any) -> Any:
-    while isinstance(value, list):  # of a tensor (1, 1)
+def single(value: Any) -> Any:
+    """The number that a list of one holds, or a list of such a list: of a tensor (1, 1)."""
+    while isinstance(value, list):
         (value,) = value
     return value
 
 
 def item(tensor: Tensor) -> Any:
     """The number of a tensor that holds one; waits for it, and for nothing that the device was asked for after it."""
-    return _single(Fetch([tensor]).values()[0])
+    return single(Fetch([tensor]).values()[0])
 
 
-def apart(device: torch.device) -> bool:
+def travels(device: torch.device) -> bool:
     """Whether numbers have to travel to the host from a device."""
     return device.type in ROADS
 
@@ -219,8 +148,18 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def placed(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device; from the CPU to a GPU without waiting for it."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """A tensor of the CPU in pinned memory, in the layout that it would have on a device.
+
+    Of the others a copy waits until the device has come to it: of those that are not pinned, and of those with gaps.
+    """
+    if tensor.is_pinned() and (tensor.is_contiguous() or torch.empty_like(tensor, device="meta").stride() == tensor.stride()):
+        return tensor
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor)
 
 
 def scalar(value: Any, device: torch.device) -> Tensor:
@@ -229,4 +168,7 @@ def scalar(value: Any, device: torch.device) -> Tensor:
     >>> scalar(3, torch.device("cpu")), scalar(0.5, torch.device("cpu"))
     (tensor(3), tensor(0.5000))
     """
-    return placed(value, device) if isinstance(value, Tensor) else torch.full((), value, device=device)
+    # What is not exactly one of Python's, as NumPy's, has another dtype, or is no number that torch.full takes.
+    if type(value) in (bool, int, float):
+        return torch.full((), value, device=device)
+    return placed(torch.as_tensor(value), device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,10 +19,11 @@ from axontrain.data.structure import to_device
 from axontrain.errors import CheckpointError, ConfigurationError, kind_of, loses, warn
 from axontrain.guard import BufferGuard
 from axontrain.history import History
-from axontrain.host import Later, Reading, apart, at_once, placed, together
+from axontrain.host import placed, travels
 from axontrain.metrics.meter import Meter
 from axontrain.naming import clean_names, torn
 from axontrain.objective import Step
+from axontrain.readings import Later, Reading, at_once, together
 from axontrain.shown import NAME, plain
 from axontrain.update import Update
 
@@ -48,7 +49,8 @@ class LoopState:
         step: batches trained on.
         samples: samples trained on.
         batch_index: batches of the present epoch trained on.
-        values: the last readings, by name ("train/loss", "val/accuracy", ...).
+        values: the last readings, by name ("train/loss", "val/accuracy", ...). Within an epoch, on a GPU, the training means
+            are those of the step at which their reading was begun, some steps ago; at its end, and in ``read()``, of the last.
         history: all readings.
         status: "ready", "running", "completed", "stopped", "interrupted" or "failed".
         last: the last Step; its loss and predictions are on the device.
@@ -97,6 +99,7 @@ class LoopState:
         self._trained = 0.0
         self._since: float | None = None
         self._later: Later[Any] | None = None  # a reading under way
+        self.settling: Callable[[LoopState], None] | None = None  # of the present fit: see settle
 
     @property
     def elapsed(self) -> float:
@@ -142,18 +145,18 @@ class LoopState:
         Raises:
             NonFiniteError: if too many updates in a row were skipped.
         """
-        if self._later is None and not apart(_device_of(self.objective)):
+        if self._later is None and not travels(_device_of(self.objective)):
             self.read() if means else self.read_updates()
             return True
         later, self._later = self._later, None
         if later is None:
-            later = Later(together([*self._of_updates(), *([self._means()] if means else [])]))
+            later = Later(self._all(self._means()) if means else together(self._of_updates()))
         if not later.arrived():
             self._later = later
         return self._later is None
 
     @property
-    def reading(self) -> bool:
+    def under_way(self) -> bool:
         """Whether a reading is under way."""
         return self._later is not None
 
@@ -161,11 +164,22 @@ class LoopState:
         """Forget a reading that is under way, as a fit begins or ends."""
         self._later = None
 
+    def settle(self) -> None:
+        """Have callbacks that look later at the device do so now: before weights are judged or kept, or the fit ends."""
+        if self.settling is not None:
+            self.settling(self)
+
     def _means(self, *, last: bool = False) -> Reading[dict[str, Any]]:
         found = (yield from self.meter.reading(last=last)) if len(self.meter) else {}
         readings = {f"train/{name}": value for name, value in found.items()}
         self.values.update(readings)
         return readings
+
+    def _all(self, means: Reading[dict[str, Any]]) -> Reading[None]:
+        # Begun at one moment; but who learns of a NaN need not wonder at what a metric makes of it: an error of theirs waits.
+        found = yield from together([together(self._of_updates()), _held(means)])
+        if found[1] is not None:
+            raise found[1]
 
     def _of_updates(self) -> list[Reading[Any]]:
         buffers = [] if self.buffers is None else [self.buffers.settling()]
@@ -486,6 +500,15 @@ def _state_of(name: str, part: Stateful) -> Any:
     except Exception as error:
         error.add_note(f"in the state_dict of {name.removeprefix('callback/')}, which takes part in saving")
         raise
+
+
+def _held(reading: Reading[Any]) -> Reading[Exception | None]:
+    """The same, but it gives what it would raise."""
+    try:
+        yield from reading
+    except Exception as error:
+        return error
+    return None
 
 
 def _device_of(module: nn.Module) -> torch.device:

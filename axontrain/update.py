@@ -28,8 +28,9 @@ from axontrain.errors import (
     unknown,
 )
 from axontrain.guard import Guard, on_one_device, within
-from axontrain.host import Fetch, Later, Reading, at_once, numbers, placed, together
+from axontrain.host import Fetch, placed
 from axontrain.optimizer import Optimizer, build, parts
+from axontrain.readings import Later, Reading, at_once, numbers, together
 from axontrain.schedule_free import OwnAverage, averaging
 from axontrain.shown import NAME, plain
 
@@ -334,6 +335,8 @@ class Update:
     def reading(self) -> Reading[None]:
         """The same as a reading, of the updates that are done when it is begun; until its end it changes nothing."""
         pending = list(self._pending)
+        if not pending:
+            return
         flags, skips = yield from _flags(pending)
         skipped, in_a_row, longest = _counted(flags, self.in_a_row)
         patience, halvings, bad_losses = self.spec.patience, "", self.bad_losses if skipped else 0
@@ -344,8 +347,9 @@ class Update:
             skipped, bad_losses, longest = _counted(flags, bad_losses)
         left_out = [done for flag, done in zip(flags, pending, strict=True) if flag]
         terms = yield from together([_terms(done.loss, done.terms) for done in left_out[:4]])
-        if pending and not (self._pending and self._pending[0] is pending[0]):
-            return  # somebody has read them meanwhile, or went on from another state
+        theirs = not self._pending or self._pending[0] is not pending[0]
+        if theirs:  # somebody has read them meanwhile, or went on from another state
+            return
         self._pending = self._pending[len(pending) :]
         self.skipped, self.in_a_row, self.bad_losses = self.skipped + skips, in_a_row, bad_losses
         if not left_out:

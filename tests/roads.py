@@ -13,9 +13,9 @@ class SlowRoad:
         self.waits = 0
 
     @classmethod
-    def on_the_cpu(cls, monkeypatch):
+    def on_the_cpu(cls, monkeypatch, *given):
         """One that tensors of the CPU take from now on."""
-        made = cls()
+        made = cls(*given)
         monkeypatch.setitem(host.ROADS, "cpu", made)
         return made
 
@@ -45,3 +45,36 @@ class Mark:
     def synchronize(self):
         self.road.waits += 1
         self.road.arrive()
+
+
+class DelayedRoad(SlowRoad):
+    """What is sent arrives so many steps later; a test counts them in ``now``."""
+
+    def __init__(self, delay):
+        super().__init__()
+        self.delay, self.now = delay, 0
+
+    def mark(self, device):
+        return DelayedMark(self, len(self.under_way), self.now + self.delay)
+
+
+class DelayedMark(Mark):
+    def __init__(self, road, count, due):
+        super().__init__(road, count)
+        self.due = due
+
+    def query(self):
+        if self.road.now >= self.due:
+            self._arrive()
+        return super().query()
+
+    def synchronize(self):
+        self.road.waits += 1
+        self._arrive()
+
+    def _arrive(self):
+        """What was sent before it, and no more."""
+        mine = [pair for pair in self.road.under_way if any(pair[0] is one for one in self.before)]
+        for there, value in mine:
+            there.copy_(value)
+        self.road.under_way = [pair for pair in self.road.under_way if not any(pair[0] is one[0] for one in mine)]

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import axontrain as ax
-from axontrain.data import transfer
 from axontrain.data.augment import Crop, Cutout, Flip
-from axontrain.data.structure import tensors
+from axontrain.data.structure import to_device
 from axontrain.execution import run
-from axontrain.host import Fetch, Later, item, on_cpu, placed, scalar
+from axontrain.host import Fetch, item, on_cpu, pinned, placed, scalar
 from axontrain.metrics.meter import Meter
 from axontrain.objective import Step
+from axontrain.readings import Later
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def test_metrics_are_read_without_a_wait(monkeypatch, large):
                     later = Later(meter.reading())
         while not later.arrived():
             pass
-        read.append(later.result)
+        read.append(later.result())
         with refused() if device == "cuda" else contextlib.nullcontext():
             read += [meter.read(), meter.read(last=True)]
         return read
@@ -129,7 +129,7 @@ def digits(where):
         yield ax.ArrayDataset(images.reshape(-1, 1, 8, 8).to(where), labels.to(where))
 
 
-def fitted(where, *, strict, directory=None, callbacks=(), microbatch=None, **options):
+def fitted(where, *, strict, directory=None, callbacks=(), microbatch=None, every=None, guard=True, **options):
     """Three epochs with everything on; if ``strict``, no wait is allowed from the third step to the end of the fit."""
     torch.manual_seed(0)
     train, test = digits("cuda" if where == "cuda" else "cpu")
@@ -149,8 +149,8 @@ def fitted(where, *, strict, directory=None, callbacks=(), microbatch=None, **op
         directory=directory,
         callbacks=[
             ax.ProgressBar("terminal", stream=io.StringIO()),
-            ax.Throughput(tokens=lambda batch: (batch[1] >= 0).sum(), peak=1e15),
-            ax.SpikeGuard(window=10, look=5),
+            ax.Throughput(tokens=lambda batch: (batch[1] >= 0).sum(), peak=1e15, every=every),
+            *([ax.SpikeGuard(window=10, look=10)] if guard else []),
             ax.LearningRate(every=3),
             ax.EarlyStopping("val/loss", patience=99),
             *callbacks,
@@ -189,13 +189,13 @@ def test_a_fit_with_everything_on_never_waits_and_is_that_of_one_that_may(monkey
     expected = {name: value.clone() for name, value in plain.state.objective.state_dict().items()}
     monkeypatch.setattr(run, "READ_EVERY_SECONDS", 0.002)
     monkeypatch.setattr(run, "LOOK_AGAIN_SECONDS", 0.0)
-    pinned, to_device = [], transfer.to_device
+    sent = []
 
-    def watched(batch, device):
-        pinned.extend(tensor.is_pinned() for tensor in tensors(batch) if not tensor.is_cuda)
-        return to_device(batch, device)
+    def watched(tensor):
+        sent.append(pinned(tensor))
+        return sent[-1]
 
-    monkeypatch.setattr(transfer, "to_device", watched)
+    monkeypatch.setattr("axontrain.data.structure.pinned", watched)
     loop, result, shown = fitted(where, strict=True, **WAYS[way])
     assert len({loss for loss in shown if loss is not None}) > 3  # more than at the ends of epochs: some have come meanwhile
     for name, value in loop.objective.state_dict().items():
@@ -206,9 +206,124 @@ def test_a_fit_with_everything_on_never_waits_and_is_that_of_one_that_may(monkey
 
     assert rows(result.history) == rows(plain.history)
     assert any("throughput/tokens_per_second" in row for row in result.history)
-    if where == "cpu":
-        assert pinned
-        assert all(pinned)
+    if where != "cuda":
+        assert sent
+        assert all(tensor.is_pinned() for tensor in sent)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """At which steps the host has waited for an event: torch's own mode counts none of these."""
+    found, at = [], {"step": 0}
+
+    def counted(kind):
+        class Counted(kind):
+            def synchronize(self):
+                found.append(at["step"])
+                return super().synchronize()
+
+        return Counted
+
+    # Of readings, and of a stopwatch.
+    monkeypatch.setattr(torch.cuda, "Event", counted(torch.cuda.Event))
+    monkeypatch.setattr(torch, "Event", counted(torch.Event))
+
+    class Steps(ax.Callback):
+        def before_batch(self, state):
+            at["step"] = state.step + 1
+
+    return found, Steps
+
+
+@pytest.mark.filterwarnings("ignore:SpikeGuard left out")
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("way", ["plain", "graph"])
+@pytest.mark.parametrize("where", ["cuda", "cpu", "batches"])
+def test_a_fit_waits_for_no_event_but_at_the_ends_of_epochs(monkeypatch, waits, where, way, large):
+    monkeypatch.setattr(run, "READ_EVERY_SECONDS", 0.002)
+    monkeypatch.setattr(run, "LOOK_AGAIN_SECONDS", 0.0)
+    if large:
+        monkeypatch.setattr("axontrain.metrics.meter.SMALL_BYTES", 30 * 10 * 4)  # but of the last batch, of 28
+    found, steps = waits
+    options = {"graph": True, "guard": False} if way == "graph" else {}  # who looks between backward and update is in no graph
+    _, result, shown = fitted(where, strict=False, callbacks=[steps()], every=10, **options)
+    assert len({loss for loss in shown if loss is not None}) > 3
+    ends = {row["step"] for row in result.history if "val/loss" in row}
+    assert ends == {22, 44, 66}
+    assert found, "at the ends of epochs it does"
+    assert set(found) <= {0, *ends}
+    rows = [row["step"] for row in result.history if "throughput/tokens_per_second" in row]
+    assert rows == [10, 20, 30, 40, 50, 60]
+
+
+def behind():
+    """The device has half a second of work before it; what tells whether it is through."""
+    torch.cuda._sleep(10**9)
+    through = torch.cuda.Event()
+    through.record()
+    return through
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["present stream", "own stream"])
+def test_a_number_is_there_when_the_device_has_come_to_it(own):
+    there = torch.arange(4.0, device="cuda")
+    assert Fetch([there * 2]).values() == [[0.0, 2.0, 4.0, 6.0]]  # what is loaded at first is
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()) if own else contextlib.nullcontext():
+        through = behind()
+        fetch = Fetch([there * 2, there])
+        there.zero_()
+        assert not fetch.arrived()
+        assert not through.query()
+        assert fetch.values() == [[0.0, 2.0, 4.0, 6.0], [0.0, 1.0, 2.0, 3.0]]
+        assert through.query()
+        assert fetch.arrived()
+
+
+LAYOUTS = {
+    "contiguous": lambda: torch.arange(24.0).reshape(2, 3, 2, 2),
+    "channels_last": lambda: torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last),
+    "transposed": lambda: torch.arange(6.0).reshape(2, 3).t(),
+    "with gaps": lambda: torch.arange(24.0).reshape(2, 3, 2, 2)[..., :1],
+    "expanded": lambda: torch.arange(3.0).expand(4, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_of_any_layout_is_sent_without_a_wait(layout):
+    cuda, tensor = torch.device("cuda"), LAYOUTS[layout]()
+    to_device(tensor, cuda)
+    torch.cuda.synchronize()
+    through = behind()
+    there = to_device((tensor, tensor), cuda)
+    assert not through.query()
+    assert pinned(tensor).is_pinned()
+    assert all(torch.equal(part.cpu(), tensor) for part in there)
+    assert there[0].stride() == tensor.to(cuda).stride()
+
+
+def test_large_predictions_after_small_ones_are_taken_in_without_a_wait():
+    sizes = [4, 4, 9000, 4, 9000, 9000, 4]  # of which 9000 rows are large
+    labels = {rows: torch.zeros(rows, dtype=torch.long, device="cuda") for rows in sizes}
+    logits = {rows: torch.eye(10, device="cuda")[labels[rows]] for rows in sizes}
+    flags = [torch.tensor(float(n in (1, 4)), device="cuda") for n in range(len(sizes))]
+
+    def recorded():
+        meter = Meter(["accuracy"])
+        for number, (rows, flag) in enumerate(zip(sizes, flags, strict=True)):
+            predictions = logits[rows].roll(1, 1) if number in (2, 3) else logits[rows]
+            meter.record(Step(flag, predictions, labels[rows], weight=rows, skipped=flag))
+        return meter, Later(meter.reading())
+
+    recorded()[0].read()  # what is loaded at first is
+    torch.cuda.synchronize()
+    through = behind()
+    meter, later = recorded()
+    assert not through.query()
+    assert not later.arrived()
+    right = (4 + 9000 + 4) / (4 + 9000 + 4 + 9000 + 4)
+    assert later.result()["accuracy"] == pytest.approx(right)
+    assert meter.read()["accuracy"] == pytest.approx(right)
 
 
 @pytest.mark.filterwarnings("ignore:SpikeGuard left out")

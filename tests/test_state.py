@@ -498,3 +498,20 @@ def test_of_a_history_beyond_what_is_read_back_the_latest_rows_are_saved(monkeyp
         saved = history.state_dict()
     again.load_state_dict(saved)
     assert [row["step"] for row in again.rows] == list(range(6, 20))
+
+
+def test_readings_that_arrive_late_are_in_the_row_of_their_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("axontrain.history.PACKED", 2)
+    history = ax.History(tmp_path / "history.jsonl")
+    for step in (2, 4, 6, 8, 10):
+        history.add(step, 0, {"a": float(step)})
+    packed = history.state_dict()["early"]["step"]["values"].tolist()
+    history.add(4, 0, {"b": 1.0})
+    history.add(5, 0, {"b": 2.0})
+    expected = [(2, None), (4, 1.0), (5, 2.0), (6, None), (8, None), (10, None)]
+    assert [(row["step"], row.get("b")) for row in history] == expected
+    again = ax.History()
+    again.load_state_dict(history.state_dict())
+    assert packed == [2, 4, 6, 8]
+    assert again == history
+    assert [row["step"] for row in map(json.loads, history.path.read_text().splitlines())] == [2, 4, 6, 8, 10, 4, 5]

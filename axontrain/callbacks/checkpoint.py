@@ -180,6 +180,7 @@ class Checkpoint(Saver):
         due = [cadence.due(state) for cadence in self._all()]  # each is asked, since asking takes the occasion
         permanent = self._permanent is not None and due[-1]
         if any(due) or self._is_best(state):
+            state.settle()  # who goes back from here may need the one that this would push out
             self._save(state, permanent=permanent)
         self._look(state)
 

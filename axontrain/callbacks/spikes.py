@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from axontrain.callback import Answer, Callback, GoBack
+from axontrain.callback import Answer, GoBack, Looker
 from axontrain.checkpoint import runs
-from axontrain.errors import ConfigurationError, warn, whole
-from axontrain.host import Fetch, Later, Reading, at_once, placed
+from axontrain.errors import CheckpointError, ConfigurationError, warn, whole
+from axontrain.host import Fetch, placed, travels
+from axontrain.readings import Later, Reading, at_once
 from axontrain.state import LoopState, Stop
 
 RISE = 0.1  # no leap is smaller than this share of the mean
 Found = tuple[int, Tensor]  # a step, and on the device: leapt, loss, mean, deviation, leaps in a row
 
 
-class SpikeGuard(Callback):
+class SpikeGuard(Looker):
     """Leave out updates whose loss leaps up, on the device and without waiting for it; go back if that does not help.
 
     A loss leaps if it is above the mean of those before it by ``deviations`` standard deviations, and by a tenth. Both are
@@ -35,8 +36,8 @@ class SpikeGuard(Callback):
         rollback: how many leaps in a row; None never goes back.
         margin: updates before the first leap to be left out too.
         most: so often it goes back at most; the next time it stops the fit.
-        look: every so many steps it looks at what the device has found: to tell, and to go back. On a GPU it acts when that has
-            arrived, a step or more later.
+        look: every so many steps it looks at what the device has found: to tell, and to go back. On a GPU it acts at the next
+            look, when that has long arrived, or before a validation, an epoch's end, a save, or the fit's end.
 
     >>> SpikeGuard(deviations=5, rollback=10)
     SpikeGuard(deviations=5, window=200, rollback=10)
@@ -71,7 +72,7 @@ class SpikeGuard(Callback):
         self._usual: Tensor | None = None  # mean, variance, losses seen, leaps in a row
         self._found: list[Found] = []  # since the last look
         self._told = 0  # of those
-        self._asked = 0  # of those: a look at so many is under way
+        self._asked = 0  # of those: a look at so many has begun
         self._later: Later[list[tuple[int, list[float]]]] | None = None  # their numbers on the way
         self._step = -1
 
@@ -119,10 +120,16 @@ class SpikeGuard(Callback):
         return None
 
     def after_batch(self, state: LoopState) -> Answer:
-        """Look at what was found, now and then."""
-        if state.step % self.look == 0 and not self._asked:
-            self._asked = len(self._found)
-        return self._read(state) if self._asked else None
+        """Look at what was found, now and then: act by the look before, and begin the next."""
+        if state.step % self.look:
+            return None
+        answer = self.settle(state)
+        self._asked = len(self._found)
+        if not self._found:
+            return answer
+        self._later = self._begun()
+        # Not whether it has arrived: what is decided at a step would hang on how fast the device was.
+        return answer if travels(self._found[-1][1].device) else self.settle(state) or answer
 
     def after_fit(self, state: LoopState) -> Answer:
         """Tell of the rest; what it comes to is for the next look, if the run goes on."""
@@ -139,11 +146,19 @@ class SpikeGuard(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
+        count = len(state["found"]["steps"])
+        for name in ("told", "asked"):
+            number = state["found"].get(name, 0)
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= count:
+                raise CheckpointError(f"SpikeGuard: {name}={number!r} of {count} steps that it has not looked at yet")
         self._usual, self.times, self._told = state["usual"], state["times"], state["found"]["told"]
         values = [] if state["values"] is None else state["values"].unbind()
         self._found = list(zip(state["found"]["steps"], values, strict=True))
         self._asked, self._later = state["found"].get("asked", 0), None
         self.left_out = [[int(first), int(last)] for first, last in state["left_out"]]
+
+    def _begun(self) -> Later[list[tuple[int, list[float]]]]:
+        return Later(_values(self._found[: self._asked]))  # those of now, while others come
 
     def _tell(self, found: list[tuple[int, list[float]]]) -> None:
         found, self._told = found[self._told :], len(found)
@@ -154,12 +169,12 @@ class SpikeGuard(Callback):
             more = f"; and {len(leaps) - 3} more" if len(leaps) > 3 else ""
             warn(f"SpikeGuard left out {len(leaps)} update{'s' if len(leaps) > 1 else ''}: {'; '.join(leaps[:3])}{more}")
 
-    def _read(self, state: LoopState) -> Answer:
-        if self._later is None:
-            self._later = Later(_values(self._found[: self._asked]))
-        if not self._later.arrived():
+    def settle(self, state: LoopState) -> Answer:
+        """Act by a look that has begun; waits for it."""
+        if not self._asked:
             return None
-        found, self._later = self._later.result, None
+        later, self._later = self._later or self._begun(), None
+        found = later.result()
         told = self._told
         self._tell(found)
         self._found, self._told, self._asked = self._found[len(found) :], max(0, told - len(found)), 0

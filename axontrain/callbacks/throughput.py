@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from axontrain.callback import Answer, Reader
+from axontrain.callback import Answer, Looker, Reader
 from axontrain.errors import ConfigurationError, kind_of, unknown, warn
 from axontrain.execution import flops as counting
 from axontrain.execution import memory
 from axontrain.execution.peaks import kind_of_numbers, peak_of
 from axontrain.execution.stopwatch import Stopwatch
-from axontrain.host import item
 from axontrain.objective import Objective, Supervised, batch_size, task_of
+from axontrain.readings import Later, at_once, numbers, together
+from axontrain.readings import Reading as Read
 from axontrain.state import LoopState
 from axontrain.update import Update
 
 COUNTED, AUTO = "counted", "auto"
 WAIT, REST = "wait", "rest"
+MOST_LATER = 64  # readings that are on their way; further ones are waited for
 
 
-class Throughput(Reader):
+class Throughput(Reader, Looker):
     """Record how fast training is, of the steps since the last reading (or since the fit began, or went on).
 
     ================================= ================================================================================
@@ -41,7 +44,8 @@ class Throughput(Reader):
     ================================= ================================================================================
 
     They are read at each epoch's end and where a fit ends within one; with ``every=`` at any other cadence (see
-    :class:`axontrain.Every`). Between readings nothing waits for the device; a reading waits once, for the steps that it is of.
+    :class:`axontrain.Every`). What is read at an epoch's end waits for the device; of ``every=`` nothing does: the readings are
+    recorded when they have arrived, a step or more later on a GPU, for the step that they are of.
 
     The time of a step is from where the loop asks for its batch to this callback's ``after_batch``: reading the batch, hooks
     before it, forward, backward, update, and the ``after_batch`` of callbacks before this one in the list. Left out is what
@@ -118,6 +122,7 @@ class Throughput(Reader):
         # Of the steps since the last reading.
         self._steps, self._samples, self._flops = 0, 0, 0.0
         self._tokens: int | Tensor = 0
+        self._later: deque[Later[None]] = deque()  # readings on their way
 
     def __repr__(self) -> str:
         options = {"every": (self.every, None), "tokens": (self.tokens, None), "flops": (self.flops, COUNTED)}
@@ -135,7 +140,7 @@ class Throughput(Reader):
         self._watch = Stopwatch(device)
         own = getattr(state.objective.weight, "__func__", None) not in (Objective.weight, Supervised.weight)
         self._counts_weight = self.tokens is None and own
-        self.flops_per_sample = {}
+        self.flops_per_sample, self._later = {}, deque()
         self._most, self._of_batch = 0, (0, 0)
         self._searching = [update for update in state.optimizers.values() if update.spec.closure]
         self._evaluated = sum(update.evaluations for update in self._searching)
@@ -178,33 +183,51 @@ class Throughput(Reader):
             tokens = weight.detach().reshape(()).to(torch.int64) if isinstance(weight, Tensor) else weight
         self._tokens = self._tokens + tokens
         if self.every is not None and self.cadences["after_batch"].due(state):
-            return self.look(state)
+            self._later.append(Later(self._recorded(state)))
+        while self._later and (len(self._later) > MOST_LATER or self._later[0].arrived()):
+            self._later.popleft().result()
+        return None
+
+    def settle(self, state: LoopState) -> Answer:
+        """Record what is on its way; waits for it."""
+        while self._later:
+            self._later.popleft().result()
         return None
 
     def look(self, state: LoopState, *, partial: bool = False) -> Answer:
         """Record, of the steps since the last time; what is ``partial`` is taken back when the fit is resumed."""
-        times = self._watch.read()
-        seconds = sum(times.values())
-        if self._steps and seconds > 0:
-            per_second = {"steps": self._steps, "samples": state.samples - self._samples}
-            if self._counts_weight or self.tokens is not None:
-                per_second["tokens"] = item(self._tokens) if isinstance(self._tokens, Tensor) else self._tokens
-            readings: dict[str, float] = {f"{name}_per_second": count / seconds for name, count in per_second.items()}
-            readings["data_wait"] = times.get(WAIT, 0.0) / seconds
-            if self._peak is not None:
-                readings["mfu"] = self._flops / seconds / self._peak
-            if (peak := memory.peak(self._watch.device)) is not None:
-                readings["peak_memory"] = max(peak, self._most)
-            named = {f"throughput/{name}": value for name, value in readings.items()}
-            state.values.update(named)
-            state.history.add(state.step, state.epoch, named, partial=partial)
-        self._begin(state)
+        at_once(self._recorded(state, partial=partial))
         return None
+
+    def _recorded(self, state: LoopState, *, partial: bool = False) -> Read[None]:
+        """The same as a reading, of the steps until it is begun."""
+        step, epoch = state.step, state.epoch
+        counts: dict[str, Any] = {"steps": self._steps, "samples": state.samples - self._samples}
+        if self._counts_weight or self.tokens is not None:
+            counts["tokens"] = self._tokens
+        flops, peak = self._flops, memory.peak(self._watch.device)
+        most = None if peak is None else max(peak, self._most)
+        self._begin(state)
+        times, per_second = yield from together([self._watch.reading(), numbers(counts)])
+        seconds = sum(times.values())
+        if not per_second["steps"] or seconds <= 0:
+            return
+        readings: dict[str, float] = {f"{name}_per_second": count / seconds for name, count in per_second.items()}
+        readings["data_wait"] = times.get(WAIT, 0.0) / seconds
+        if self._peak is not None:
+            readings["mfu"] = flops / seconds / self._peak
+        if most is not None:
+            readings["peak_memory"] = most
+        named = {f"throughput/{name}": value for name, value in readings.items()}
+        state.values.update(named)
+        state.history.add(step, epoch, named, partial=partial)
 
     def after_fit(self, state: LoopState) -> Answer:
         """Read what is left of an epoch that a limit or a stop has ended."""
-        if self.every is None and state.error is None:
-            self.look(state, partial=bool(state.batch_index))
+        if state.error is None:  # else the device may be beyond being asked
+            self.settle(state)
+            if self.every is None:
+                self.look(state, partial=bool(state.batch_index))
         return None
 
     def _begin(self, state: LoopState) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import DataError, kind_of
+from axontrain.host import pinned
 
 
 def mapped(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -41,7 +42,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         if isinstance(leaf, Tensor):
             # From memory that is not pinned the copy would wait until the device has come to it.
             if pins and leaf.device.type == "cpu" and not leaf.requires_grad and leaf.layout is torch.strided:
-                leaf = leaf.pin_memory() if leaf.is_contiguous() else leaf
+                leaf = pinned(leaf)
             return leaf.to(device, non_blocking=ahead)
         return leaf.to(device) if hasattr(leaf, "to") else leaf
 

@@ -20,18 +20,22 @@ def look_up(run: Run) -> bool:
     """Validate, read or save, where due; whether the pass over the data ends here."""
     state = run.state
     if not run.epoch_is_over():  # else the epoch's end does it
-        if run.validate.due(state):
+        validate = run.validate.due(state)
+        if validate or _ends(run):
+            state.settle()
+        if validate:
             _read_and_validate(run)
         elif perf_counter() >= run.next_reading:
             state.read_later()
         run.save()
     run.look_ahead()
-    return state.request is not None or run.interrupted() or run.plan.over(state) is not None
+    return _ends(run)
 
 
 def end_epoch(run: Run) -> None:
     """Count the epoch; then validation, readings, ``after_epoch``, saving: all of one and the same step."""
     state = run.state
+    state.settle()
     if not run.exhausted and state.batch_index == state.epoch_length:
         run.train.finish(state.seed, state.epoch, state.batch_index)
     state.epoch += 1
@@ -46,6 +50,8 @@ def settle(run: Run) -> None:
     state = run.state
     if not state.resumed:
         return
+    if state.owed:
+        state.settle()
     if state.owed == DUE:
         state.owed = []
         look_up(run)
@@ -66,6 +72,7 @@ def settle(run: Run) -> None:
 def end_fit(run: Run) -> None:
     """Read what is left of an epoch that a limit or a stop has ended; save."""
     state = run.state
+    state.settle()  # before_batch may have ended it, which nobody looks up after
     trained = state.step - run.first_step
     # A run that was killed after its last step, and before this, has not read either.
     unread = state.resumed and not (state.history.rows and state.history.rows[-1]["step"] == state.step)
@@ -83,6 +90,11 @@ def end_fit(run: Run) -> None:
         saver.at_fit_end(state)
     if run.interrupt and run.status == "completed":  # Ctrl-C within the last save: who runs several fits is to hear of it
         run.status, run.reason = "interrupted", run.interrupt
+
+
+def _ends(run: Run) -> bool:
+    """Whether the pass over the data ends with this step, be it through or not."""
+    return run.state.request is not None or run.interrupted() or run.plan.over(run.state) is not None
 
 
 def _after_epoch(run: Run) -> None:

@@ -171,7 +171,7 @@ class Run:
         self.next_step = min(plan.last_step, self.validate.next_step(state), *(s.next_step(state) for s in self.savers))
         now = time.perf_counter()
         if now >= self.next_reading:
-            self.next_reading = now + (LOOK_AGAIN_SECONDS if state.reading else READ_EVERY_SECONDS)
+            self.next_reading = now + (LOOK_AGAIN_SECONDS if state.under_way else READ_EVERY_SECONDS)
         left = min([self.validate.seconds_left(state), *(saver.seconds_left(state) for saver in self.savers)])
         self.next_time = min(self.next_reading, now + left)
         if plan.seconds is not None:
@@ -196,8 +196,9 @@ def session(run: Run) -> Iterator[None]:
     """
     state, hooks = run.state, run.hooks
     state.status, state.plan, state.request, state.error = "running", run.plan, run.pending, None
-    state.old_plan, state.half_done = run.plan, False
+    state.old_plan, state.half_done, state.settling = run.plan, False, hooks.settle
     clear_gradients(state.objective)
+    state.drop_reading()  # by hand, of which nobody asks for the means
     state.hide_averages()
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.lock)
@@ -238,6 +239,7 @@ def session(run: Run) -> Iterator[None]:
             raise
         finally:
             state.stop_clock()
+            state.settling = None
             state.drop_reading()  # all that it would have counted is counted at the next
             state.end_vetoes()  # of a step that was not done
             state.show_averages()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
+
+from axontrain.readings import Reading, at_once
 
 
 class Stopwatch:
@@ -44,17 +47,36 @@ class Stopwatch:
             return
         self._waiting.append((name, start, end))
         while self._waiting and self._waiting[0][2].query():
-            self._fold()
+            _fold(self._waiting, self._sums)
 
     def read(self) -> dict[str, float]:
         """Seconds by name since the last reading; waits until the device has come to the last mark."""
-        if self._waiting:
-            self._waiting[-1][2].synchronize()
-        while self._waiting:
-            self._fold()
-        sums, self._sums = self._sums, {}
+        return at_once(self.reading())
+
+    def reading(self) -> Reading[dict[str, float]]:
+        """The same as a reading, of the spans that were added until it is begun: those after it are of the next."""
+        sums, waiting = self._sums, self._waiting
+        self._sums, self._waiting = {}, deque()
+        if waiting:
+            last = waiting[-1][2]
+            yield [_Passed(last)]
+            if not last.query():
+                last.synchronize()
+        while waiting:
+            _fold(waiting, sums)
         return sums
 
-    def _fold(self) -> None:
-        name, start, end = self._waiting.popleft()
-        self._sums[name] = self._sums.get(name, 0.0) + start.elapsed_time(end) / 1e3  # it is in milliseconds
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """That a device has come to a mark."""
+
+    mark: Any
+
+    def arrived(self) -> bool:
+        return bool(self.mark.query())
+
+
+def _fold(waiting: deque[tuple[str, Any, Any]], sums: dict[str, float]) -> None:
+    name, start, end = waiting.popleft()
+    sums[name] = sums.get(name, 0.0) + start.elapsed_time(end) / 1e3  # it is in milliseconds

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from axontrain.errors import MetricError, kind_of
-from axontrain.host import Fetch, Reading, apart, at_once, placed
+from axontrain.host import Fetch, placed, travels
+from axontrain.readings import Reading, at_once
 
 # name -> tensor (2,) of [sum of weight * value, sum of weight]
 Sums = dict[str, Tensor]
@@ -37,7 +38,7 @@ def summed(entries: Mapping[str, Sequence[Entry]]) -> Sums:
         if any(flag is not None for _, _, flag in of_name):
             parts.append(_stacked([0.0 if flag is None else flag for _, _, flag in of_name], name))
         # A value that is on the CPU goes to where its weight or its flag is, which would have to be waited for.
-        device = next((part.device for part in parts if apart(part.device)), parts[0].device)
+        device = next((part.device for part in parts if travels(part.device)), parts[0].device)
         values, weights, *flags = [placed(part, device) for part in parts]
         if flags:
             weights = torch.where(flags[0] > 0, 0.0, weights)
@@ -88,7 +89,7 @@ def _stacked(values: list[Any], name: str) -> Tensor:
             raise MetricError(f"the reading {name!r} is {kind_of(tensor)}; a reading is a scalar")
     if not tensors:
         return torch.tensor([float(value) for value in values], dtype=torch.float64)
-    first = next((tensor for tensor in tensors if apart(tensor.device)), tensors[0])
+    first = next((tensor for tensor in tensors if travels(tensor.device)), tensors[0])
     precision = torch.float32 if first.device.type == "mps" else torch.float64  # mps has no double
     if len(tensors) == len(values):
         return torch.stack([t.detach().reshape(()) for t in tensors]).to(precision)

@@ -18,11 +18,12 @@ from torch import Tensor
 from axontrain import randomness
 from axontrain.data.structure import mapped
 from axontrain.errors import MetricError, kind_of
-from axontrain.host import Fetch, Reading, apart, at_once, item, together
+from axontrain.host import Fetch, item, travels
 from axontrain.metrics.means import Entry, Sums, merge, summed
 from axontrain.metrics.means import reading as of_sums
 from axontrain.metrics.registry import Built, build, resolve
 from axontrain.objective import Step, batch_size
+from axontrain.readings import Reading, at_once, together
 from axontrain.shown import plain
 
 FOLD = 256
@@ -90,15 +91,18 @@ class Meter:
 
         With ``last`` nothing will be, before a reset: that spares a copy of the metrics.
         """
-        return at_once(self.reading(last=last))
+        return at_once(self.reading(last=last, now=True))
 
-    def reading(self, *, last: bool = False) -> Reading[dict[str, Any]]:
-        """The same as a reading, of what has been taken in when it is begun."""
+    def reading(self, *, last: bool = False, now: bool = False) -> Reading[dict[str, Any]]:
+        """The same as a reading, of what has been taken in when it is begun.
+
+        With ``now`` nothing will be before its end, which spares a copy.
+        """
         sums = merge(self._sums, self._fold())
         self._build_as_before()
-        parts = [of_sums(sums), *(tally.reading(last) for tally in self._tallies or ())]
+        parts = [of_sums(sums), *(tally.reading(last, now or last) for tally in self._tallies or ())]
         tasks = list(self._of_tasks)
-        found = yield from together([*parts, *(self._of_tasks[task].reading(last=last) for task in tasks)])
+        found = yield from together([*parts, *(self._of_tasks[task].reading(last=last, now=now) for task in tasks)])
         readings: dict[str, Any] = {}
         for of_part in found[: len(parts)]:
             readings |= of_part
@@ -283,13 +287,21 @@ class _Joined:
 
 
 class _Group:
-    """Steps that wait until it is known which of them were skipped, and the flags that tell, on their way to the host."""
+    """Steps that wait until it is known which of them were skipped, and the flags that tell, on their way to the host.
 
-    def __init__(self, steps: list[Waiting], *, join: bool = False) -> None:
+    One that is ``large`` waits for those before it alone: it is undone on the device where it was skipped.
+    """
+
+    def __init__(self, steps: list[Waiting], *, join: bool = False, large: bool = False) -> None:
+        self.large = large
         joined = _Joined.of(steps) if join else None
         self.steps: _Joined | list[Waiting] = steps if joined is None else joined
-        flags = [flag for _, _, flag, _ in steps if flag is not None]
+        flags = [flag for _, _, flag, _ in steps if flag is not None and not large]
         self.flags = Fetch([torch.stack(flags) if joined is None else joined.skipped]) if flags else None
+
+    def told(self) -> _Group:
+        """The same, for one who has to know which were skipped."""
+        return _Group(list(self.steps)) if self.large and not isinstance(self.steps, _Joined) else self
 
     def known(self) -> bool:
         """Whether the flags have arrived."""
@@ -318,30 +330,35 @@ class _Tally:
         tensors = isinstance(predictions, Tensor) and isinstance(targets, Tensor)
         size = predictions.nbytes + targets.nbytes if tensors else SMALL_BYTES + 1
         joined = self.built.joinable and size <= SMALL_BYTES
-        if not joined and not (self.listed and skipped is not None):
-            if self.groups or self.waiting:
-                self._consume(rest=True, wait=True)
-            self._update(predictions, targets, skipped, weights)
-            return
+        large = not joined and not (self.listed and skipped is not None)
+        if large:
+            if self.groups or self.waiting:  # whose turn is before it
+                self._consume(rest=True, wait=self.bytes + size > 2 * MOST_BYTES)
+            if not self.groups:
+                self._update(predictions, targets, skipped, weights)
+                return
         # Copies: a model may write its outputs into one buffer, a loader its batches.
         if tensors:
             predictions, targets = predictions.clone(), targets.clone()
         else:
             predictions, targets = _copied(predictions), _copied(targets)
         self.waiting.append((predictions, targets, skipped, None if weights is None else weights.clone()))
-        if len(self.waiting) == FOLD:
+        if large:
+            self._close(large=True)
+        elif len(self.waiting) == FOLD:
             self._join()
         self.bytes += size
         # Which steps were skipped is known at a reading: until then complete groups wait, unless they grow too large.
         if self.bytes > MOST_BYTES or (skipped is None and self.groups):
             self._consume(rest=not self.built.joinable, wait=self.bytes > 2 * MOST_BYTES)
 
-    def reading(self, last: bool) -> Reading[dict[str, Any]]:
+    def reading(self, last: bool, now: bool) -> Reading[dict[str, Any]]:
         self._consume(rest=last, wait=last)
         metric, updates, skips, twin = self.metric, self.updates, self.skips, self.built.twin
-        groups = [*self.groups, *([_Group(list(self.waiting))] if self.waiting else [])]
-        # A copy, where more is to go into it, or has to be computed when more may have come.
-        if groups or (twin is None and not last and apart(metric.device)):
+        groups = [group.told() for group in self.groups] + ([_Group(list(self.waiting))] if self.waiting else [])
+        # A copy, where more is to go into it, or has to be computed when more may have come: it may be on the CPU itself, and
+        # others that are read with it be under way. What a twin computes of travels, and is of now.
+        if groups or not (now or (twin is not None and travels(metric.device))):
             metric = metric.clone()
         if groups:
             yield [group.flags for group in groups if group.flags is not None]
@@ -397,28 +414,34 @@ class _Tally:
                 raise MetricError(f"the metric {self.name!r} has no state {key!r}: the saved one was another metric")
             device = self.metric.device
             setattr(self.metric, key, [v.to(device) for v in value] if isinstance(value, list) else value.to(device))
-        for saved in state["waiting"]:
-            for entry in _Joined(**saved).steps() if isinstance(saved, Mapping) else [tuple(saved)]:
-                self.waiting.append(entry)
-                if len(self.waiting) == FOLD:
-                    self._join()
-                self.bytes += _bytes(entry[0]) + _bytes(entry[1])
         self.updates = state["updates"]
         self.metric._update_count = self.updates
         self.metric._computed = None
+        for saved in state["waiting"]:
+            for entry in _Joined(**saved).steps() if isinstance(saved, Mapping) else [tuple(saved)]:
+                self.record(*entry)
 
     def _join(self) -> None:
         """Make a group of what waits, of one tensor each where that can be."""
         self.groups.append(_Group(self.waiting, join=self.built.joinable))
         self.waiting = []
 
+    def _close(self, *, large: bool = False) -> None:
+        """Make a group of what waits, though it is none of so many."""
+        if self.waiting:
+            self.groups.append(_Group(self.waiting, large=large))
+            self.waiting = []
+
     def _consume(self, *, rest: bool, wait: bool) -> None:
         """Give the metric the complete groups, and the ``rest`` too if it says so; unless ``wait``, those of known flags."""
-        if rest and self.waiting:
-            self.groups.append(_Group(self.waiting))
-            self.waiting = []
+        if rest:
+            self._close()
         while self.groups and (wait or self.groups[0].known()):
-            self.updates += self._give(self.metric, self.groups.pop(0))
+            group = self.groups.pop(0)
+            if group.large:
+                self._update(*group.steps[0])  # type: ignore[index]  # it is of one step, which is joined to none
+            else:
+                self.updates += self._give(self.metric, group)
         self.bytes = sum(_bytes(p) + _bytes(t) for p, t, _, _ in self.waiting) + sum(group.bytes() for group in self.groups)
 
     def _give(self, metric: Any, group: _Group) -> int:

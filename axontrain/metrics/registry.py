@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from axontrain.errors import ConfigurationError, MetricError, kind_of, unknown
-from axontrain.host import Fetch, Reading, apart, at_once, placed
+from axontrain.host import Fetch, placed, travels
 from axontrain.metrics.layout import Layout, infer
 from axontrain.objective import batch_size, of_torch
+from axontrain.readings import Reading, at_once
 
 if TYPE_CHECKING:
     import torchmetrics
@@ -462,7 +463,7 @@ def build(name: str, spec: Entry, predictions: Any, targets: Any) -> Built:
         weights = _weight_word(inspect.signature(metric.update).parameters)
     metric.reset()
     device, twin = _device(predictions), None
-    if device is not None and apart(device):
+    if device is not None and travels(device):
         # Of ours, whose states are all that it knows, the value is computed on the host.
         twin = metric.clone() if getattr(metric, "by_states", False) else None
         metric._apply(functools.partial(placed, device=device))  # as metric.to(device), which waits

@@ -1,5 +1,6 @@
 """Throughput: what its readings count and leave out, by a clock that stands still unless something says that it takes time."""
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -344,6 +345,62 @@ def test_on_a_device_the_time_is_the_devices(clock, device):
     assert readings(loop, "steps_per_second") == [pytest.approx(1.0, rel=0.02)] * 2
     assert readings(loop, "data_wait")[0] < 0.02, "the device is busy while the host reads"
     assert waited == [0] * 5 + [1] * 5, "it waits once a reading"
+
+
+def test_on_a_device_a_reading_within_an_epoch_is_recorded_for_its_step_when_it_has_arrived(clock, device):
+    """Nobody waits for it but the end of an epoch."""
+    waits, there = {}, {}
+    loop = loop_of(
+        ax.Throughput(peak=None, every=4, tokens=lambda batch: 3), objective=Timed(lambda: device.works(1.0)), metrics=None
+    )
+
+    @loop.on("after_batch")
+    def look(state):
+        waits[state.step], there[state.step] = device.waits, at(loop)
+        if state.step == 6:
+            state.record({"mine": 1.0})
+            clock.takes(5.0)  # the device is through with the fifth
+
+    loop.fit(table(8 * 14), epochs=1, batch_size=8)
+    assert [there[step] for step in (4, 5, 6, 7, 14)] == [[], [], [], [4], [4]]
+    assert waits[14] == 0
+    assert device.waits == 2  # for the second and the third
+    assert at(loop) == [4, 8, 12]
+    assert [row["step"] for row in loop.state.history] == [4, 6, 8, 12, 14]
+    assert readings(loop, "steps_per_second") == [pytest.approx(1.0)] * 3
+    assert readings(loop, "tokens_per_second") == [pytest.approx(3.0)] * 3
+
+
+def test_on_a_device_so_many_readings_may_be_on_their_way(clock, device, monkeypatch):
+    monkeypatch.setattr("axontrain.callbacks.throughput.MOST_LATER", 3)
+    waits = {}
+    loop = loop_of(ax.Throughput(peak=None, every=1), objective=Timed(lambda: device.works(1.0)), metrics=None)
+    loop.on("after_batch")(lambda state: waits.update({state.step: device.waits}))
+    loop.fit(table(8 * 6), epochs=1, batch_size=8)
+    assert waits == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2, 6: 3}
+    assert at(loop) == [1, 2, 3, 4, 5, 6]
+
+
+def test_on_a_device_an_error_drops_a_reading_and_a_fit_that_ends_takes_it(clock, device):
+    def fitted(fail):
+        throughput = ax.Throughput(peak=None, every=4)
+        loop = loop_of(throughput, objective=Timed(lambda: device.works(1.0)))
+
+        @loop.on("after_batch")
+        def look(state):
+            if fail and state.step == 5:
+                raise ArithmeticError
+
+        with pytest.raises(ArithmeticError) if fail else contextlib.nullcontext():
+            loop.fit(TRAIN, steps=5, batch_size=8)
+        waits = device.waits
+        if fail:
+            loop.fit(TRAIN, steps=2, batch_size=8)  # nothing of what was before
+            assert device.waits == waits
+        return loop
+
+    assert "throughput/steps_per_second" not in fitted(True).state.values
+    assert at(fitted(False)) == [4]
 
 
 def test_on_a_device_that_is_idle_waiting_for_data_is_seen(clock, device):

@@ -13,11 +13,11 @@ import axontrain.loop
 import axontrain.update
 from axontrain import host
 from axontrain.execution import run
-from axontrain.host import Later
 from axontrain.metrics import meter as meters
 from axontrain.metrics.meter import Meter
 from axontrain.metrics.registry import BUILT_IN
 from axontrain.objective import Step
+from axontrain.readings import Later
 
 
 class Counting(ax.Objective):
@@ -57,7 +57,7 @@ def test_a_reading_is_shown_when_it_has_arrived_and_is_of_the_step_at_which_it_w
 
     @loop.on("after_batch")
     def look(state):
-        shown[state.step] = state.values.get("train/loss"), state.reading
+        shown[state.step] = state.values.get("train/loss"), state.under_way
         if state.step in (4, 5, 8):
             road.arrive()
 
@@ -69,7 +69,7 @@ def test_a_reading_is_shown_when_it_has_arrived_and_is_of_the_step_at_which_it_w
     assert [shown[step] for step in (6, 7, 8)] == [(1.0, True)] * 3
     assert shown[9] == (3.0, False)
     assert result.values["train/loss"] == 5.5  # at the epoch's end it waits
-    assert not loop.state.reading
+    assert not loop.state.under_way
     assert [row["train/loss"] for row in result.history] == [5.5]
 
 
@@ -199,7 +199,7 @@ def test_too_many_in_a_row_are_an_error_when_that_has_arrived(road):
         loop.fit(batches(20, bad=(2, 3, 4)), epochs=1)
     assert loop.state.step == 13
     assert caught.value.steps == (4, 5)
-    assert not loop.state.reading
+    assert not loop.state.under_way
 
 
 def test_a_fit_that_fails_forgets_what_was_under_way_and_the_next_one_counts_it(road):
@@ -212,7 +212,7 @@ def test_a_fit_that_fails_forgets_what_was_under_way_and_the_next_one_counts_it(
 
     with pytest.raises(RuntimeError, match="here"):
         loop.fit(batches(6, bad=(1,)), epochs=1)
-    assert not loop.state.reading
+    assert not loop.state.under_way
     assert loop.state.optimizers["main"].skipped == 0
     road.arrive()
     with pytest.warns(ax.NonFiniteWarning, match="step 2"):
@@ -259,9 +259,9 @@ def test_another_state_drops_what_was_under_way(road):
     first, state = loop.save(), loop.state
     for batch in batches(3, bad=(0,)):
         loop.train_on_batch(batch)
-    assert state.reading
+    assert state.under_way
     loop.restore(first)
-    assert not state.reading
+    assert not state.under_way
     road.arrive()
     loop.train_on_batch(batches(1)[0])
     state.read()
@@ -355,7 +355,7 @@ def test_metrics_are_of_the_step_at_which_they_were_begun(monkeypatch, fold, mos
         road.arrive()
         recorded(meter, 1, first=19 + looks, bad=bad)
         looks += 1
-    assert later.result == expected[10]
+    assert later.result() == expected[10]
     recorded(meter, 6 - looks, first=19 + looks, bad=bad)
     assert meter.read() == meter.read() == expected[25]
     assert meter.read(last=True) == expected[25]
@@ -384,8 +384,8 @@ def test_steps_that_were_all_skipped_have_nothing_to_say_when_that_arrives(monke
     later = begun(meter)
     while not later.arrived():
         road.arrive()
-    assert math.isnan(later.result.pop("loss"))
-    assert later.result == {}
+    assert math.isnan(later.result().pop("loss"))
+    assert later.result() == {}
     assert road.waits == 0
 
 
@@ -426,10 +426,10 @@ def test_float_targets_that_are_no_classes_are_an_error_when_they_arrive(monkeyp
     assert road.waits == 0
 
 
-@pytest.mark.parametrize("step", [9, 11, 13], ids=["before its look", "under way", "told"])
-def test_a_guard_against_spikes_tells_when_its_look_has_arrived(road, monkeypatch, step):
+@pytest.mark.parametrize("step", [9, 11, 16], ids=["before its look", "under way", "told"])
+def test_a_guard_against_spikes_tells_at_the_next_look(road, monkeypatch, step):
     monkeypatch.setattr(run, "READ_EVERY_SECONDS", 1e9)
-    data = [torch.full((1,), 50.0 if n == 6 else 1.0) for n in range(16)]
+    data = [torch.full((1,), 50.0 if n == 6 else 1.0) for n in range(19)]
 
     def loop_of(save=None):
         loop = made(callbacks=[ax.SpikeGuard(window=4, deviations=2, look=5)])
@@ -448,7 +448,8 @@ def test_a_guard_against_spikes_tells_when_its_look_has_arrived(road, monkeypatc
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loop_of().fit(data, epochs=1)
-    assert [told[step] for step in (10, 11, 12, 13)] == [0, 0, 0, 1]
+    # Looked for at step 10, there in step 12 (as in 6 was what it looked for at 5), acted upon at 15.
+    assert [told[step] for step in (10, 12, 13, 14, 15)] == [0, 0, 0, 0, 1]
     assert [str(one.message) for one in caught][:1] == [message]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -458,5 +459,138 @@ def test_a_guard_against_spikes_tells_when_its_look_has_arrived(road, monkeypatc
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again.fit(data, epochs=1, resume=True)
-    assert [str(one.message) for one in caught if "SpikeGuard" in str(one.message)] == ([message] if step < 13 else [])
-    assert told[14] == (step < 13)
+    assert [str(one.message) for one in caught if "SpikeGuard" in str(one.message)] == ([message] if step < 15 else [])
+    assert told[17] == (step < 15)
+
+
+@pytest.mark.parametrize("rows", [4, 40_000], ids=["small", "large"])
+def test_metrics_that_are_on_the_cpu_are_read_as_they_were_when_the_rest_was_sent(monkeypatch, rows):
+    """As of a step whose predictions were brought to the host, while its loss is on the device."""
+    import torchmetrics  # which takes seconds
+
+    class Elsewhere(SlowRoad):  # a device of which all values are 1
+        def sent(self, tensor):
+            there = torch.full(tensor.shape, math.nan, dtype=tensor.dtype)
+            self.under_way.append((there, torch.ones(tensor.shape, dtype=tensor.dtype)))
+            return there
+
+    class Share(torchmetrics.MeanMetric):
+        def update(self, predictions, targets):
+            super().update((predictions.argmax(-1) == targets).float())
+
+    road = Elsewhere()
+    monkeypatch.setitem(host.ROADS, "meta", road)
+    meter = Meter({"share": Share(), "accuracy": "accuracy"})
+
+    def record(right):
+        predictions = torch.tensor([[1.0, 0.0] if right else [0.0, 1.0]]).repeat(rows, 1)
+        meter.record(Step(torch.ones((), device="meta"), predictions, torch.zeros(rows, dtype=torch.long), weight=rows))
+
+    record(True)
+    record(True)
+    later = begun(meter)
+    record(False)
+    record(False)
+    assert not later.arrived()
+    road.arrive()
+    assert later.result() == {"loss": 1.0, "share": 1.0, "accuracy": 1.0}
+    assert road.waits == 0
+
+
+SIZES = [3, 3, 20, 3, 20, 20, 3, 3, 20, 3, 3, 3]  # rows: more than ten are large
+
+
+def of_sizes(meter, first, last, sizes=SIZES, bad=(1, 4, 6)):
+    for n in range(first, last):
+        recorded(meter, 1, first=n, bad=bad, rows=sizes[n])
+
+
+@pytest.mark.parametrize("saved", [5, 9])
+def test_large_predictions_wait_for_their_turn_where_small_ones_wait_for_their_flags(monkeypatch, saved):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 10 * 16)
+    metrics = {"accuracy": "accuracy", "f1": "f1", "perplexity": "perplexity"}
+    plain = Meter(metrics)
+    of_sizes(plain, 0, saved)
+    expected = plain.read()
+    of_sizes(plain, saved, 12)
+    road = SlowRoad.on_the_cpu(monkeypatch)
+    meter, again = Meter(metrics), Meter(metrics)
+    of_sizes(meter, 0, saved)
+    again.load_state_dict(meter.state_dict())
+    later = begun(meter)
+    for one in (meter, again):
+        waits = road.waits
+        of_sizes(one, saved, 12)
+        assert road.waits == waits
+    while not later.arrived():
+        road.arrive()
+    assert later.result() == expected
+    assert len(meter._tallies[0].groups) > 2
+    of_sizes(meter, 2, 3)  # a large one, before which all but the last small ones are known
+    of_sizes(plain, 2, 3)
+    assert [group.large for group in meter._tallies[0].groups] == [False, True]
+    of_sizes(again, 2, 3)
+    assert meter.read() == again.read() == plain.read()
+    assert meter.read(last=True) == again.read(last=True) == plain.read(last=True)
+
+
+def test_so_many_large_ones_may_wait(monkeypatch):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 10 * 16)
+    monkeypatch.setattr(meters, "MOST_BYTES", 3 * 20 * 16)
+    road = SlowRoad.on_the_cpu(monkeypatch)
+    meter = Meter({"accuracy": "accuracy"})
+    of_sizes(meter, 0, 6, [3, *[20] * 20])
+    assert road.waits == 0
+    of_sizes(meter, 6, 8, [3, *[20] * 20])
+    assert road.waits == 1
+    assert meter._tallies[0].groups == []
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_too_many_in_a_row_are_told_before_what_a_metric_makes_of_them(monkeypatch, road, bad):
+    monkeypatch.setattr(meters, "SMALL_BYTES", 0)
+
+    class Wrong(Counting):
+        metrics = ("accuracy",)  # of targets that it cannot take, which it learns of before the losses are there
+
+        def train_step(self, batch):
+            return Step(self.loss(self.predict(batch), batch), torch.zeros(4, 2), torch.full((4, 2), 3.5), weight=4)
+
+    loop = ax.Loop(Wrong(), ax.Optimizer("sgd", lr=0.1, patience=2), device="cpu", progress=False)
+    monkeypatch.setattr(axontrain.loop, "READ_EVERY_SECONDS", 1e9)
+    for batch in batches(3, bad=range(1, 1 + bad)):
+        loop.train_on_batch(batch)
+
+    def read():
+        while not loop.state.read_later():
+            road.arrive()
+
+    with pytest.raises(ax.NonFiniteError if bad else ax.MetricError):
+        read()
+    assert not loop.state.under_way
+
+
+def test_a_reading_of_nothing_changes_nothing():
+    """Not what is counted of losses that were bad in a row, where losses are scaled."""
+    loop = made(patience=3)
+    update = loop.state.optimizers["main"]
+    update.scaled = True
+    for batch in batches(2, bad=(0, 1)):
+        loop.train_on_batch(batch)
+    with pytest.warns(ax.NonFiniteWarning, match="2 updates"):
+        update.read()
+    before = update.bad_losses, update.in_a_row, update.skipped
+    update.read()
+    assert (update.bad_losses, update.in_a_row, update.skipped) == before == (2, 2, 2)
+    loop.train_on_batch(batches(1, bad=(0,))[0])
+    with pytest.raises(ax.NonFiniteError, match="3 in a row"):
+        update.read()
+
+
+def test_a_reading_by_hand_is_not_that_of_a_fit(road):
+    loop, seen = made(), []
+    loop.train_on_batch(batches(1)[0])
+    assert loop.state.under_way  # of what was skipped, and of no mean
+    loop.on("after_batch")(lambda state: seen.append(state.under_way))
+    loop.fit(batches(2), epochs=1)
+    assert seen == [False, True]
