@@ -138,10 +138,10 @@ def audit(
     """Count what a training step costs: host reads with the lines that make them, calls, operators, copies, allocations.
 
     A copy of the objective is trained on the batch as ``fit`` does it, from the batch to the asking for the next one, after a
-    few steps of warm-up: once counting calls, once counting the rest. Nothing of the loop is changed, and the random generators
-    are as before; it takes the memory of another objective with its optimizers, and the time of ``2 * (steps + 6)`` steps. Not
-    in it are loading and moving the batch, readings, validation and saving, and what happens seldom within a step, as the
-    folding of losses every 256.
+    few steps of warm-up: once counting calls, once counting the rest. Nothing of the loop is changed (what hooks and closures
+    of yours write to elsewhere, a copy shares), and the random generators are as before; it takes the memory of another
+    objective with its optimizers, and the time of ``2 * (steps + 6)`` steps. Not in it are loading and moving the batch,
+    readings, validation and saving, and what happens seldom within a step, as the folding of losses every 256.
 
     On the CPU it shows what would wait on a GPU. What an operator does within itself is not seen, nor is code within a compiled
     graph: of that ``operators``, ``copies``, ``allocations`` and ``reads`` are those of the same code uncompiled.

@@ -458,6 +458,8 @@ class Loop:
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
 
+        What hooks and closures of yours write to elsewhere, a copy shares: that is written.
+
         See :func:`axontrain.preflight.preflight` for what is looked at.
         """
         streams = {"train": self._start.stream(train, "train", batch_size, shuffle=True)}

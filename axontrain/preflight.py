@@ -327,8 +327,12 @@ def _trainer(
         optimizer.schedule = None  # a warm-up from zero would say that nothing is learnt
         optimizer.patience = 10**9
     bound = {name: Update(name, plain[name], of_name, objective) for name, of_name in route(objective, plain).items()}
-    state = LoopState(objective, bound, seed, Meter())
-    return state, runner(state, None, precision=precision, scaler=precision.scaler(objective))
+    state, scaler = LoopState(objective, bound, seed, Meter()), precision.scaler(objective)
+    if scaler is not None:  # which is saved with a run
+        state.attach("scaler", scaler)
+        for update in bound.values():
+            update.scaled = True
+    return state, runner(state, None, precision=precision, scaler=scaler)
 
 
 @contextlib.contextmanager

@@ -229,6 +229,9 @@ class Start:
             state.owed, state.history.partial = [], None
         if state.batch_index == 0:
             state.meter.reset()
+        if not resumed and validating is None:  # those of an earlier fit would be taken for this one's
+            for name in [name for name in state.values if name.startswith("val/")]:
+                del state.values[name]
         as_long = same and (self._last_stream is None or self._last_stream.limit == stream.limit)
         if stream.length is not None or not as_long:  # what has no length keeps the one that its last pass had
             state.epoch_length = stream.length

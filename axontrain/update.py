@@ -9,7 +9,6 @@ import builtins
 import contextlib
 import ctypes
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from axontrain.errors import (
     NonFiniteError,
     NonFiniteWarning,
     unknown,
+    warn,
 )
 from axontrain.guard import Guard, on_one_device, within
 from axontrain.host import Fetch, placed
@@ -364,7 +364,7 @@ class Update:
                 f"lr, set clip_norm=, or look at the data of those steps; on_nonfinite='raise' stops at the first.",
                 [done.step for done in left_out],
             )
-        warnings.warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning, stacklevel=2)
+        warn(f"{message}; weights and optimizer state are as if they had not been", NonFiniteWarning)
 
     def _read_soon(self) -> None:
         """More updates wait than should: read them when they have arrived; wait for them where twice as many do."""

@@ -90,10 +90,15 @@ class Flip:
     [[0, 2, 0, 2], [2, 0, 2, 0], [0, 2, 0, 2]]
 
     Raises:
+        ConfigurationError: for ``alternating`` that is neither True nor False.
         DataError: for images that are not (B, C, H, W) or (B, H, W).
     """
 
     def __init__(self, alternating: bool = False) -> None:
+        if not isinstance(alternating, bool):
+            raise ConfigurationError(
+                f"Flip(alternating={alternating!r}): True or False; each image is flipped in half of cases"
+            )
         self.alternating = alternating
 
     def __call__(self, images: Tensor, draw: Draw) -> Tensor:

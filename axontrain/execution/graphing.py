@@ -46,7 +46,7 @@ class Graphing:
         """Do steps kernel by kernel from now on; say so, where they were asked to be replayed."""
         at = f", at {line}" if line else ""
         if why and not self.auto and self.eager != why:
-            warn(f"graph=True: steps cannot be replayed from a CUDA graph: {why}{at}. They are done kernel by kernel")
+            warn(f"graph=True: steps cannot be replayed from a CUDA graph: {why}{at}. They are done as without it")
         self.eager, self.report.not_replayed = why, f"{why}{at}"
         self.close()
 

@@ -464,3 +464,19 @@ def test_the_report_escapes_what_it_shows_in_a_notebook():
     html = loop_of(made(Good), metrics={"<b>": lambda predictions, targets: predictions}).check(TRAIN)._repr_html_()
     assert "&lt;b&gt;" in html
     assert "<b>" not in html
+
+
+def test_a_generator_whose_losses_are_scaled_goes_on_the_same():
+    class Adversaries(ax.Objective):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.discriminator = nn.Linear(8, 2), nn.Linear(2, 1)
+
+        def train_step(self, real):
+            fake = self.generator(real.repeat(1, 4))
+            yield "discriminator", F.softplus(self.discriminator(fake.detach()) - self.discriminator(real)).mean()
+            yield "generator", F.softplus(-self.discriminator(fake)).mean()
+
+    optimizers = {name: ax.Optimizer("adamw", lr=1e-3) for name in ("generator", "discriminator")}
+    report = ax.Loop(Adversaries(), optimizers, precision="fp16", progress=False).check(ax.ArrayDataset(torch.randn(256, 2)))
+    assert report.ok, report

@@ -296,3 +296,17 @@ def test_a_loss_on_another_device_says_where_it_is():
 
     with pytest.raises(ax.LossError, match="loss is on meta, the parameters on cpu"):
         loop_of(Elsewhere(), device="cpu").fit(data(), epochs=1)
+
+
+def test_a_fit_without_validation_does_not_show_that_of_the_one_before():
+    train, test = ax.data.digits()
+    loop = ax.Loop(ax.Supervised(nn.Linear(64, 10), "cross_entropy"), ax.Optimizer("sgd", lr=0.1), progress=False)
+    assert "val/loss" in loop.fit(train, test, epochs=1).values
+    assert set(loop.fit(train, epochs=1).values) == {"train/loss"}
+
+
+def test_a_warning_of_what_is_not_finite_is_at_the_line_that_trains():
+    loop = ax.Loop(ax.Supervised(nn.Linear(2, 1), "mse"), ax.Optimizer("sgd", lr=0.1), progress=False)
+    with pytest.warns(ax.NonFiniteWarning) as told:
+        loop.fit(ax.ArrayDataset(torch.full((8, 2), float("nan")), torch.zeros(8, 1)), epochs=1)
+    assert told[0].filename == __file__
