@@ -20,6 +20,7 @@ import axontrain.metrics.meter
 import axontrain as ax
 from axontrain import host
 from axontrain.clock import Plan
+from axontrain.data import structure
 from axontrain.data.augment import Crop, Cutout, Flip
 from axontrain.execution.microbatches import merged
 from axontrain.execution.precision import Scaler
@@ -31,7 +32,7 @@ there = torch.device("cuda", 0)
 axontrain.metrics.meter.FOLD = 8
 axontrain.loop.device_of, axontrain.loop.moved = lambda device: there, lambda objective, device: objective
 nn.init.kaiming_uniform_ = nn.init.uniform_ = lambda tensor, *arguments, **options: tensor
-torch.Tensor.pin_memory = lambda tensor: tensor  # which fake ones have not
+torch.Tensor.pin_memory = host.pinned = structure.pinned = lambda tensor: tensor  # which fake ones have not
 
 
 def at(tensor, index):
