@@ -178,6 +178,7 @@ def test_contenders_train_the_same(name, contender):
     assert moved == set(weights) - fixed
 
 
+@pytest.mark.slow
 def test_in_half_precision_they_train_the_same():
     class InHalf(Given):
         half = "bf16"
@@ -209,6 +210,7 @@ def test_the_first_layer_is_frozen_in_time(prepare):
     assert biases[1].equal(biases[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"averaged": None}, {"freeze": None}, {"padding": 0}], ids=lambda one: next(iter(one)))
 def test_what_belongs_to_the_training_changes_it(changed):
     states = []
