@@ -270,7 +270,7 @@ class Update:
     def _finished(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor, skip: Tensor) -> Tensor:
         if self._schedulers:
             self._step_schedulers()
-        number = len(self._pending) if self.clock is None else self.clock.step
+        number = len(self._pending) if self.clock is None else self.clock.step  # _number, without a call in each step
         self._pending.append(Done(number + 1, flag, skip, loss, terms))
         self.steps += 1
         self.not_finite = flag

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.contenders import CONTENDERS
-from benchmarks.processes import Place, in_terminal, places
+from benchmarks.processes import Place, add_peers, in_terminal, places
 from benchmarks.workloads import WORKLOADS
 
 TIMEOUT = 600.0
@@ -100,13 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument(
-        "--peers",
-        action="append",
-        default=[],
-        metavar="PYTHON",
-        help="the interpreter of an environment with other frameworks; may be given more than once",
-    )
+    add_peers(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run there")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     return parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
@@ -70,6 +71,17 @@ class Ended:
     status: int
     written: int
     tail: str
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """Let a command be told where other frameworks are installed: for :func:`places`."""
+    parser.add_argument(
+        "--peers",
+        action="append",
+        default=[],
+        metavar="PYTHON",
+        help="the interpreter of an environment with other frameworks; may be given more than once",
+    )
 
 
 def in_terminal(command: list[str], *, timeout: float) -> Ended:

@@ -10,7 +10,7 @@ from torch import Tensor
 from axontrain import randomness
 from axontrain.execution.assumptions import hooked
 from axontrain.execution.beginning import Before
-from axontrain.execution.lines import told
+from axontrain.execution.lines import of_error, told
 from axontrain.execution.options import why_apart
 from axontrain.execution.parts import Parts
 from axontrain.execution.recording import Recorder
@@ -124,10 +124,6 @@ def reason_of(error: Exception) -> tuple[str, str]:
     first: BaseException = error
     while first.__context__ is not None:  # what follows is of a recording that ended in the middle
         first = first.__context__
-    places, entry = [], first.__traceback__
-    while entry is not None:
-        places.append((entry.tb_frame.f_code.co_filename, entry.tb_lineno))
-        entry = entry.tb_next
-    line = told(reversed(places))[0]
+    line = told(of_error(first))[0]
     head = next((text.strip() for text in str(first).splitlines() if text.strip()), type(first).__name__)
     return f"{type(first).__name__}: {head}", line

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -36,19 +37,16 @@ def compared(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], kernels: C
     before = before_step(graph, own)
     different = ""
     try:
-        given = graph.replay(batch)
-        assert given is not None  # as was looked
-        graph.put_gradients()
-        replayed = _outcome(graph, given[0], own).kept()
-        if not graph.whole:  # an update takes gradients away: they are compared before it
-            live = _computed(graph, batch, own, before).kept()
-            different = replayed.unlike(live)
-            if different:
-                different = replayed.unlike(live, _computed(graph, batch, own, before))
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise UnrecordableError(NO_MEMORY) from error
-        raise
+        with _in_memory():
+            given = graph.replay(batch)
+            assert given is not None  # as was looked
+            graph.put_gradients()
+            replayed = _outcome(graph, given[0], own).kept()
+            if not graph.whole:  # an update takes gradients away: they are compared before it
+                live = _computed(graph, batch, own, before).kept()
+                different = replayed.unlike(live)
+                if different:
+                    different = replayed.unlike(live, _computed(graph, batch, own, before))
     finally:
         put_back(graph, before)
     step = kernels(batch)
@@ -56,26 +54,32 @@ def compared(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], kernels: C
         live = _outcome(graph, step, own)
         different = replayed.unlike(live)
         if different:
-            different = _wavers(graph, batch, own, before, replayed, live)
+            try:
+                different = _wavers(graph, batch, own, before, replayed, live)
+            except UnrecordableError as error:  # the step is done, and stays so
+                different = str(error)
     return step, different
 
 
 def _wavers(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], before: Before, replayed: Outcome, live: Outcome) -> str:
     """What of a replay is another by more than kernels differ from themselves."""
-    try:
+    with _in_memory():
         now, live = before_step(graph, own), live.kept()
-    except RuntimeError as error:
-        if out_of_memory(error):
-            return NO_MEMORY
-        raise
+        try:
+            return replayed.unlike(live, _computed(graph, batch, own, before))
+        finally:
+            put_back(graph, now)
+
+
+@contextlib.contextmanager
+def _in_memory() -> Iterator[None]:
+    """Have memory that runs out be a reason not to replay."""
     try:
-        return replayed.unlike(live, _computed(graph, batch, own, before))
-    except RuntimeError as error:
+        yield
+    except Exception as error:
         if out_of_memory(error):
-            return NO_MEMORY
+            raise UnrecordableError(NO_MEMORY) from error
         raise
-    finally:
-        put_back(graph, now)
 
 
 def _computed(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], before: Before) -> Outcome:

@@ -40,7 +40,7 @@ class Graphed:
     """
 
     def __init__(self, run: OneLoss | SeveralLosses, state: LoopState, made: Graphing) -> None:
-        self.run, self.state, self.made = run, state, made
+        self.run, self.made = run, made
         self.updates = [*state.optimizers.values()]
         self.device = next(run.objective.parameters()).device
         self.recorder = recording.Recorder(self.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def of_frames(frame: Any, last: str) -> Iterator[Place]:
     while frame is not None and frame.f_code.co_filename != last:
         yield frame.f_code.co_filename, frame.f_lineno or 0
         frame = frame.f_back
+
+
+def of_error(error: BaseException) -> Iterator[Place]:
+    """The places that an error came through, innermost first."""
+    return ((frame.f_code.co_filename, line) for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]))
 
 
 def of_traceback(entries: Iterable[str], last: str) -> Iterator[Place]:

@@ -41,7 +41,7 @@ from benchmarks.gpu.tables import Found
 from benchmarks.gpu.task import Given
 from benchmarks.gpu.worker import END
 from benchmarks.gpu.workloads import WORKLOADS
-from benchmarks.processes import Place, places
+from benchmarks.processes import Place, add_peers, places
 
 TURN, WARM_UP = 120.0, 300.0  # seconds after which a contender is given up
 TEXT = "tinyshakespeare.txt"
@@ -220,13 +220,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--peers",
-        action="append",
-        default=[],
-        metavar="PYTHON",
-        help="the interpreter of an environment with other frameworks; may be given more than once",
-    )
+    add_peers(parser)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the command")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="the device's peak in bfloat16, where it is not known")

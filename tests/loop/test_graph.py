@@ -211,6 +211,22 @@ def test_raising_on_what_is_not_finite():
     assert not living
 
 
+def changed_once(kind, change):
+    """Runs of an objective that is changed at a step; both ways."""
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, objective=kind)
+
+        @loop.on("before_batch")
+        def _(state):
+            if state.step == 15:
+                change(state.objective)
+
+        loop.fit(DATA, epochs=5, batch_size=16)
+        loops.append(loop)
+    return loops
+
+
 def changing(hook, change):
     """A run in which a hook changes something twice; both ways."""
     loops = []
@@ -368,17 +384,7 @@ def deep_in_lists(o):
     ],
 )  # fmt: skip
 def test_wherever_it_lies_a_change_is_seen(change):
-    loops = []
-    for graph in (False, True):
-        loop = made(graph, objective=Holding)
-
-        @loop.on("before_batch")
-        def _(state):
-            if state.step == 15:
-                change(state.objective)
-
-        loop.fit(DATA, epochs=5, batch_size=16)
-        loops.append(loop)
+    loops = changed_once(Holding, change)
     report = loops[1].report()
     assert (report.recorded, len(report.rerecorded)) == (2, 1), report
     assert report.replayed == 30 - 5 - 3
@@ -598,17 +604,7 @@ def behind_a_method(o):
 
 @pytest.mark.parametrize("change", [in_slots, in_an_array, in_a_deque, in_the_deep, behind_a_method])
 def test_odd_places_are_looked_at_too(change):
-    loops = []
-    for graph in (False, True):
-        loop = made(graph, objective=HoldsOddly)
-
-        @loop.on("before_batch")
-        def _(state):
-            if state.step == 15:
-                change(state.objective)
-
-        loop.fit(DATA, epochs=5, batch_size=16)
-        loops.append(loop)
+    loops = changed_once(HoldsOddly, change)
     assert (loops[1].report().recorded, len(loops[1].report().rerecorded)) == (2, 1), loops[1].report()
     assert same(states(loops[0]), states(loops[1]))
 

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from resume_runs import flat
 from roads import SlowRoad
 from torch import nn
 
@@ -174,14 +175,6 @@ def same(one, other):
         else leaf == leaves[1][key] or leaf != leaf
         for key, leaf in leaves[0].items()
     )
-
-
-def flat(tree, path=""):
-    if isinstance(tree, dict):
-        return {key: leaf for name, part in tree.items() for key, leaf in flat(part, f"{path}/{name}").items()}
-    if isinstance(tree, (list, tuple)):
-        return {key: leaf for i, part in enumerate(tree) for key, leaf in flat(part, f"{path}/{i}").items()}
-    return {path: tree}
 
 
 def test_too_many_in_a_row_are_an_error_when_that_has_arrived(road):
