@@ -395,6 +395,12 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def hooks_of(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
+    """Where torch keeps those hooks: to be looked at again and again, at no call."""
+    own = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return [*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+
+
 def _defines(kind: type, name: str) -> type:
     """The class that a method of a class is from."""
     return next(one for one in kind.__mro__ if name in vars(one))

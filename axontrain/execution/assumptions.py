@@ -20,7 +20,10 @@ from torch.nn.modules import module as of_modules
 from axontrain.execution.contents import HOOKS, MOST, PARTS, PLAIN, Contents, drawn_to
 from axontrain.guard import is_dense
 
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+OF_EVERY = (
+    of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks,
+    of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks,
+)  # fmt: skip
 KEPT = (dict, list, set, deque)  # containers whose content is another although they are the same
 
 
@@ -56,7 +59,10 @@ class Assumptions:
         self._where = self._now()
 
     def hold(self) -> bool:
-        """Whether all of it is as it was; of generators nothing is assumed."""
+        """Whether all of it is as it was, and no hook is on all modules; of generators nothing is assumed."""
+        for hooks in OF_EVERY:
+            if hooks:
+                return False
         try:
             return (
                 [*map(len, self._places)] == self._sizes
@@ -73,6 +79,8 @@ class Assumptions:
         return next(self._differences(), "")
 
     def _differences(self) -> Iterator[str]:
+        if any(OF_EVERY):
+            yield "there are hooks on every module"
         for (what, place, keys), expected in zip(self._named, self._expected, strict=True):
             for key, before in zip(keys, expected, strict=False):
                 if not _has(place, key):
@@ -141,7 +149,7 @@ class Assumptions:
 
 def hooked(module: nn.Module) -> str:
     """Which part of a module has hooks that Python calls; "" if none has."""
-    if any(getattr(of_modules, hooks) for hooks in GLOBAL_HOOKS):
+    if any(OF_EVERY):
         return "every module"
     for name, part in module.named_modules():
         if any(getattr(part, hooks) for hooks in HOOKS):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from axontrain.execution.assumptions import is_plain, shown
+from axontrain.guard import hooks_of
 from axontrain.update import Update
 
 
@@ -27,6 +28,8 @@ class Options:
     def __init__(self, updates: Sequence[Update], *, whole: bool) -> None:
         self._updates = updates if whole else ()
         self._kept = [one for update in self._updates for one in update.keeps()]  # held on to, as the recording writes there
+        optimizers = [optimizer for update in self._updates for optimizer in update.optimizers]
+        self._hooks = [(optimizer, hooks) for optimizer in optimizers for hooks in hooks_of(optimizer)]
         self._clips = [(update.spec, update.spec.clip_norm, update.spec.clip_value) for update in updates]
         self._groups: list[tuple[torch.optim.Optimizer, int, dict[str, Any], list[str], Any, tuple[Any, ...]]] = []
         self._rates: list[tuple[dict[str, Any], Tensor]] = []
@@ -55,6 +58,9 @@ class Options:
             # torch puts new groups in place of the old when it loads a state, and new state.
             if optimizer.param_groups[number] is not group or look(group) != expected:
                 return False
+        for _, hooks in self._hooks:
+            if hooks:
+                return False
         if not self._still():
             return False
         for index, (group, rate) in enumerate(self._rates):
@@ -81,6 +87,9 @@ class Options:
             for name, before in zip(names, expected, strict=True):
                 if group[name] != before:
                     return f"the optimizer's {name} was {shown(before)}, and is {shown(group[name])}"
+        for optimizer, hooks in self._hooks:
+            if hooks:
+                return f"{type(optimizer).__name__} has hooks on its steps"
         return "" if self._still() else "what the optimizer keeps was replaced"
 
     def __enter__(self) -> None:

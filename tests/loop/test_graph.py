@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from recorded import Recording, living, recorder  # noqa: F401  # a fixture
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import axontrain as ax
 from axontrain import randomness
@@ -649,6 +650,51 @@ def test_hooks_on_every_module():
             fitted(True, epochs=2)
     finally:
         handle.remove()
+
+
+def test_hooks_on_every_module_that_come_later():
+    called = []
+    loop = made(True)
+    for _ in range(10):
+        loop.train_on_batch((X[:16], Y[:16]))
+    assert loop.report().replayed > 0
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: called.append(type(module).__name__))
+    try:
+        with pytest.warns(ax.AxonWarning, match="every module has hooks"):
+            for _ in range(5):
+                loop.train_on_batch((X[:16], Y[:16]))
+    finally:
+        handle.remove()
+    assert called.count("Dropout") == 5
+    assert loop.report().rerecorded == ["there are hooks on every module"]
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+def test_hooks_on_an_optimizer_that_come_later(of_all):
+    loops, called = [], []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("adamw", lr=1e-2))
+        called.append(0)
+
+        def hook(optimizer, args, kwargs):
+            called[-1] += 1
+
+        for _ in range(10):
+            loop.train_on_batch((X[:16], Y[:16]))
+        (optimizer,) = loop.state.optimizers["main"].optimizers
+        handle = register_optimizer_step_post_hook(hook) if of_all else optimizer.register_step_post_hook(hook)
+        try:
+            for _ in range(10):
+                loop.train_on_batch((X[:16], Y[:16]))
+        finally:
+            handle.remove()
+        loops.append(loop)
+    assert called == [10, 10]
+    assert same(states(loops[0]), states(loops[1]))
+    report = loops[1].report()
+    assert report.rerecorded == ["AdamW has hooks on its steps"]
+    assert report.update == "AdamW has hooks on its steps"  # and so is done after what is replayed
+    assert report.replayed > 10
 
 
 def test_autocast_around_a_step_by_hand():
