@@ -397,7 +397,7 @@ def has_hooks(optimizer: torch.optim.Optimizer) -> bool:
 
 def hooks_of(optimizer: torch.optim.Optimizer) -> list[dict[int, Any]]:
     """Where torch keeps those hooks: to be looked at again and again, at no call."""
-    own = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    own: list[Any] = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     return [*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from axontrain.execution.lines import is_users, written
+
+UNKNOWN = "something in the batch or in the module is another"
 
 
 @contextlib.contextmanager
@@ -31,6 +34,31 @@ def trying() -> Iterator[None]:
             logging.disable(silent)
             if allowed and not autograd._saved_tensors_hooks_is_enabled():
                 autograd._saved_tensors_hooks_enable()
+
+
+def changed_for(graphs: int) -> tuple[str, str]:
+    """What the last graphs were compiled for that torch has made, as it tells of its guards, and the line of the user's."""
+    try:
+        made = torch._dynamo.utils.get_compilation_metrics()[-graphs:]
+        told = next((reason for one in made if (reason := one.recompile_reason)), "")
+    except Exception:  # of another version of torch
+        told = ""
+    guard, _, stack = told.partition("User stack trace:")
+    places = ((path, int(number)) for path, number in reversed(re.findall(r'File "(.+?)", line (\d+)', stack)))
+    line = next((written(path, number) for path, number in places if is_users(path)), "")
+    return in_short(guard.partition(": ")[2]).partition(" (")[0] or UNKNOWN, line
+
+
+def in_short(guard: str) -> str:
+    """A guard of torch's that failed, without its advice: what it was that held, and where that was read.
+
+    >>> in_short("L['module']._modules['objective'].calls == 2    # self.calls += 1  # d/model.py:6 in predict (HINT: ...)")
+    'objective.calls == 2 (d/model.py:6 in predict)'
+    """
+    held, *comments = guard.partition("(HINT")[0].split("  # ")
+    held = re.sub(r"L\['module'\]\._modules\['objective'\]|plain\.__self__", "objective", " ".join(held.split()))
+    held = re.sub(r"_modules\['(\w+)'\]", r"\1", held)
+    return f"{held} ({' '.join(comments[-1].split())})" if comments else held
 
 
 class UntraceableError(Exception):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from axontrain.data.structure import shapes
 from axontrain.errors import warn
+from axontrain.execution.breaks import UNKNOWN, changed_for
 from axontrain.execution.precision import Precision
 from axontrain.execution.report import StepReport
 
@@ -21,12 +22,13 @@ if TYPE_CHECKING:  # imported when something is compiled
 
 MOST_GRAPHS = 8
 IN_VAIN = 3  # so many graphs, each of which was of one step only: something changes each step
+EACH = 4  # so many steps in a row, for each of which parts were compiled: likewise
 # Batches of another shape than the first, as the last of an epoch, are done in eager until there are so many of them, and they
 # are so large a part of all.
 FEW, SHARE = 8, 8
 
 
-COUNTS = ("main", "since", "others", "variable", "misses", "last", "in_a_row")  # which decide how the next step is done
+COUNTS = ("main", "since", "others", "variable", "misses", "last", "in_a_row", "anew")  # which decide how the next step is done
 
 
 class Compilation:
@@ -43,6 +45,7 @@ class Compilation:
         self.variable = False  # whether they are
         # How often a step was of no graph, at which step last, and how often in a row: a graph is made then, but not for ever.
         self.misses, self.last, self.in_a_row = 0, -1, 0
+        self.anew = 0  # steps in a row for which parts were compiled
         self.restarted = False  # whether graphs of the run are not there because it was resumed
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
@@ -56,7 +59,7 @@ class Compilation:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         for name in COUNTS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # a run of before anew was counted has none
         self.restarted = True
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
@@ -92,6 +95,22 @@ class Compilation:
         self.misses, self.last = self.misses + 1, step
         return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
 
+    def counts(self, new: int, *, first: bool) -> None:
+        """Count graphs that were compiled of parts for a step, one of the ``first`` or not.
+
+        Where each step wants others, it goes on in eager.
+        """
+        self.report.graphs += new
+        self.anew = self.anew + 1 if new else 0
+        if not new or (first and self.anew < EACH):
+            return
+        why, line = changed_for(new)
+        self.report.recompilations += new
+        self.report.changes.append(f"{why}{f', at {line}' if line else ''}")
+        if self.anew >= EACH:
+            self.seen["eager"] = f"torch compiles the step anew each time, since what it takes for given changes: {why}"
+            self.give_up(self.seen["eager"], line)
+
     def takes(self, graph: WholeStep, change: str) -> None:
         """Count a graph that was compiled; ``change`` says what did not fit those before."""
         self.graphs.append(graph)
@@ -99,10 +118,10 @@ class Compilation:
         self.report.graphs += 1
         if self.report.graphs > 1:
             self.report.recompilations += 1
-            self.report.changes.append(change or "something in the batch or in the module is another")
+            self.report.changes.append(change or UNKNOWN)
 
     def go_in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
-        """Compile parts of the step from now on; say so where there is a line that somebody could mend.
+        """Compile parts of the step from now on; say so where there is a line, or a name, that somebody could mend.
 
         ``seen`` if it has come of several steps, which a run that goes on from here will not see again.
         """
@@ -115,6 +134,16 @@ class Compilation:
                 f"compile=True: the whole step cannot become one graph: {why}, at {line}. Forward and backward are compiled in "
                 f"parts around that line, and the update is done in eager"
             )
+
+    def keeps(self, what: str) -> None:
+        """Say what a step keeps on the module, where that is why it is compiled in parts."""
+        why = f"a step keeps a tensor that it has computed ({what}), where a whole step can only write to a buffer"
+        self.divided = self.report.reason = why
+        warn(
+            f"compile=True: the whole step cannot become one graph: {why}. Forward and backward are compiled in parts, and the "
+            f"update is done in eager. What is to be kept can be a buffer, by register_buffer; what is to be seen, a value of "
+            f"the Step"
+        )
 
     def differs(self, what: list[str]) -> None:
         """Do steps in eager from now on, as a compiled one was another than in eager."""

@@ -46,6 +46,11 @@ class Contents:
         self._seen: set[int] = set()
         self._module("", module, DEPTH)
 
+    def new_since(self, before: Contents) -> str:
+        """Which tensor is here that was not before, by its name; "" if none is."""
+        known = {id(tensor) for *_, tensor in before.tensors}
+        return next((f"{key} of {what}" for what, _, key, tensor in self.tensors if id(tensor) not in known), "")
+
     def _module(self, within: str, module: nn.Module, depth: int) -> None:
         for name, part in module.named_modules():
             what = ".".join(filter(None, (within, name)))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from axontrain.execution.beginning import Before
-from axontrain.execution.breaks import reason_of
+from axontrain.execution.breaks import UNKNOWN, reason_of
 from axontrain.execution.compilation import Compilation
+from axontrain.execution.contents import Contents
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
@@ -77,8 +78,8 @@ class OneGraph:
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
         if made.in_vain(self.state.step):
-            told = change or "something in the batch or in the module"
-            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told} has changed", seen=True)
+            told = change or UNKNOWN
+            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told}, before", seen=True)
             return self.run(batch)
         return self._compared(None, batch, dynamic=how == "dynamic", change=change)
 
@@ -86,6 +87,14 @@ class OneGraph:
         self.graph = None
         self.made.go_in_parts(why, line, seen=seen)
         self.run.train_step = self.made.parts = Parts(self.run.objective, self.run.train_step, self.made)
+
+    def _keeping(self, batch: Any) -> Step:
+        """A step that keeps a tensor on the module; it is told which."""
+        before = Contents(self.run.objective)
+        step = self.run(batch)
+        if what := Contents(self.run.objective).new_since(before):
+            self.made.keeps(what)
+        return step
 
     def _compared(self, graph: WholeStep | None, batch: Any, *, dynamic: bool = False, change: str = "") -> Step:
         """One of the first steps of a graph, held against eager; without a graph, one is compiled by it."""
@@ -121,6 +130,8 @@ class OneGraph:
                 made.graphs[:] = [one for one in made.graphs if not one.dynamic]
             else:
                 self._in_parts(*reason_of(error))
+                if "TensorWrapper" in made.divided:  # of torch.func, which lets no tensor out but those it is given back
+                    return self._keeping(batch)
             return self.run(batch)
         found = of_step(step, objective, before.named, update)
         told = differences(found, expected, nudged, norms, made.precision)

@@ -68,13 +68,10 @@ class Parts:
         return step
 
     def _count(self) -> None:
-        report = self.made.report
-        if new := self.backend.graphs - self.counted:
+        new = self.backend.graphs - self.counted
+        if new or self.made.anew:
             self.counted += new
-            report.graphs += new
-            if self.trusted:
-                report.recompilations += new
-                report.changes.append("something in the batch or in the module is another")
+            self.made.counts(new, first=not self.trusted)
         self.trusted = self.trusted or not self.left
 
     def _compared(self, batch: Any) -> Step:

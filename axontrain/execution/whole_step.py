@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from axontrain.execution.algorithms import Form, begin, form
-from axontrain.execution.breaks import UntraceableError, trying
+from axontrain.execution.breaks import UntraceableError, in_short, trying
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.inductor import Backend, ClosedError
 from axontrain.execution.precision import Precision
@@ -175,7 +175,7 @@ class WholeStep:
         try:
             with torch.no_grad():
                 told = check.__self__.check_verbose({**self._arguments(batch), **self.closure})
-            return "; ".join(" ".join(str(part).partition("(HINT")[0].split()) for part in told.verbose_code_parts)
+            return "; ".join(in_short(str(part)) for part in told.verbose_code_parts)
         except Exception:  # of another version of torch
             return ""
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -324,10 +325,41 @@ def test_counters_in_the_module_are_no_graph_a_step():
             return self.net(inputs)
 
     loop = made(Counts)
-    loop.fit(table(), epochs=3, batch_size=16)
-    assert loop.report().how == "in parts"
-    assert "calls" in loop.report().reason
+    named = r"anew each time.*objective\.calls == \d, at .*: self\.calls \+= 1\. Steps"
+    with pytest.warns(ax.AxonWarning, match=named) as told:
+        loop.fit(table(), epochs=3, batch_size=16)
+    assert len(told) == 1
+    report = loop.report()
+    assert (report.how, report.graphs) == ("eager", 3 + 4)  # of whole steps, and of parts
+    assert [change.partition(" == ")[0] for change in report.changes[1:]] == ["objective.calls"] * 2  # first it was the class's
     assert loop.objective.calls == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["replaced", "added", "listed"])
+def test_a_tensor_that_a_step_keeps_is_named(way):
+    class Keeps(Net):
+        def __init__(self):
+            super().__init__()
+            self._mean, self._seen = torch.zeros(2), deque(maxlen=1)
+
+        def predict(self, inputs):
+            logits = self.net(inputs)
+            if way == "replaced":
+                self._mean = 0.9 * self._mean + 0.1 * logits.detach().mean(0)
+            elif way == "added":
+                self._last = logits.detach()
+            else:
+                self._seen.append(logits.detach())
+            return logits
+
+    name = {"replaced": "_mean", "added": "_last", "listed": "0 of _seen"}[way]
+    with pytest.warns(ax.AxonWarning, match=rf"keeps a tensor that it has computed \({name} of Keeps\).*register_buffer"):
+        eager, compiled = both(Keeps)
+    alike(eager, compiled)
+    torch.testing.assert_close(eager.objective._mean, compiled.objective._mean)
+    assert compiled.report().how == "in parts"
+    assert name in compiled.report().reason
 
 
 IN_PARTS = {
@@ -571,13 +603,17 @@ def test_what_was_seen_of_steps_holds_when_the_run_goes_on(tmp_path):
             return self.net(inputs)
 
     first = made(Counts, directory=tmp_path)
-    first.fit(table(), steps=7, batch_size=16)
+    first.fit(table(), steps=5, batch_size=16)
     assert first.report().how == "in parts"
-    again = made(Counts, directory=tmp_path)
-    again.fit(table(), steps=12, batch_size=16, resume=True)
-    assert again.report().how == "in parts"
-    assert again.report().reason == first.report().reason
-    assert not again._compilation.graphs
+    second = made(Counts, directory=tmp_path)
+    with pytest.warns(ax.AxonWarning, match="anew each time"):
+        second.fit(table(), steps=9, batch_size=16, resume=True)
+    # Of the four steps in a row two were in the first run.
+    assert (first._compilation.anew, second.report().how, second.report().graphs) == (2, "eager", 2)
+    third = made(Counts, directory=tmp_path)
+    third.fit(table(), steps=12, batch_size=16, resume=True)
+    assert third.report().reason == second.report().reason
+    assert third.report().graphs == 0
 
 
 @pytest.mark.slow
@@ -744,7 +780,8 @@ def test_what_a_module_keeps_is_not_moved_on_twice():
             self.mean = 0.9 * self.mean + 0.1 * logits.detach().mean(0)
             return logits + 0.1 * self.slow(inputs)
 
-    with pytest.warns(ax.AxonWarning, match="cannot become one graph"):
+    one, parts = (pytest.warns(ax.AxonWarning, match=why) for why in ("cannot become one graph", "anew each time"))
+    with one, parts:  # of a list that grows
         eager, compiled = both(Momentum)
     alike(eager, compiled)
     assert len(eager.objective.seen) == len(compiled.objective.seen) == 30
