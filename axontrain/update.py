@@ -162,7 +162,7 @@ class Update:
         if not gradients:
             return self._without_gradients(loss)
         spec, (flag, norm) = self.spec, self._judged(gradients, loss)
-        if spec.on_nonfinite == "raise" and flag.item() and not (self.scaled and math.isfinite(loss.item())):
+        if spec.on_nonfinite == "raise" and self._is_an_error(flag, loss):
             raise self._error(loss, terms)
         if spec.clip_norm is not None or spec.clip_value is not None:
             self._clip(gradients, norm)
@@ -242,7 +242,7 @@ class Update:
         Raises:
             NonFiniteError: if it was, and ``on_nonfinite="raise"``.
         """
-        if self.spec.on_nonfinite == "raise" and flag.item():
+        if self.spec.on_nonfinite == "raise" and self._is_an_error(flag, loss):
             raise self._error(loss, terms)
         if self._schedulers:  # which warn if they are stepped before their optimizer
             for optimizer in self.optimizers:
@@ -256,8 +256,12 @@ class Update:
             NonFiniteError: naming the step and the gradients.
         """
         gradients = self._gradients(loss)
-        if gradients and self._not_finite(gradients, loss).item() and not (self.scaled and math.isfinite(loss.item())):
+        if gradients and self._is_an_error(self._not_finite(gradients, loss), loss):
             raise self._error(loss, terms)
+
+    def _is_an_error(self, flag: Tensor, loss: Tensor) -> bool:
+        """Whether to raise what was not finite: of losses that are scaled, gradients overflow now and then."""
+        return bool(flag.item()) and not (self.scaled and math.isfinite(loss.item()))
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         gradients = [gradient for p in self.tensors if (gradient := p.grad) is not None]

@@ -169,6 +169,19 @@ def let_go(step: Step) -> None:
     step.loss = step.loss.detach()
     if isinstance(step.predictions, Tensor):
         step.predictions = step.predictions.detach()
+    elif step.predictions is not None:
+        step.predictions = _detached(step.predictions)
+    if step.values:
+        step.values = _detached(dict(step.values))
+
+
+def _detached(value: Any) -> Any:
+    """The same in plain containers; one of a library's own, which may be more than what it contains, is left as it is."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) is dict:
+        return {key: _detached(item) for key, item in value.items()}
+    return type(value)(map(_detached, value)) if type(value) in (tuple, list) else value
 
 
 def check(step: Any, objective: Objective, what: str = "") -> None:
