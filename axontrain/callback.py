@@ -324,4 +324,5 @@ def _caller(hook: str, wanted: list[tuple[Hook, Cadence | None, tuple[str, dict[
         if not isinstance(state.request, Stop):  # a Stop outranks a StopEpoch; the first of each kind gives the reason
             state.request, state.stopper = answer, who
 
+    call.__name__ = ", ".join(key for _, _, (key, _) in wanted)  # by which reasons name them
     return call

@@ -50,6 +50,13 @@ class Guard:
         self.plain = _plain_step(optimizer)
         self._begin()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "plain": None}  # a function of torch's that is found by no name
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.plain = _plain_step(self.optimizer)
+
     def _begin(self) -> None:
         """Make the momentum buffers of fused SGD, which a skipped first step would leave uninitialised."""
         if not self.fused or type(self.optimizer) is not torch.optim.SGD:

@@ -7,7 +7,6 @@ All that is optional is wrapped around the objective or the data once, before th
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import signal
 import traceback
@@ -16,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -430,12 +429,9 @@ class Loop:
                     f"the average, give the Optimizer the same average=, or restore(..., only='objective')"
                 )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A loop that goes on from here by itself: what computes its steps, it makes anew."""
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(copy.deepcopy({**vars(self), "_by_hand": None}, memo))
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which goes on from here by itself: what computes its steps, it makes anew."""
+        return {**vars(self), "_by_hand": None}
 
     @property
     def compiles(self) -> bool:

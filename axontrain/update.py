@@ -162,8 +162,8 @@ class Update:
         if not gradients:
             return self._without_gradients(loss)
         spec, (flag, norm) = self.spec, self._judged(gradients, loss)
-        if spec.on_nonfinite == "raise" and self._is_an_error(flag, loss):
-            raise self._error(loss, terms)
+        if spec.on_nonfinite == "raise":
+            self.refuse(loss, terms, flag)
         if spec.clip_norm is not None or spec.clip_value is not None:
             self._clip(gradients, norm)
         if self._factor is not None:
@@ -236,18 +236,37 @@ class Update:
         if self._factor is not None:
             self._set_scheduled_rates(self._factor)
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates of its groups; of a tensor's on a device it is read."""
+        return [float(group["lr"]) for group in self._groups()]
+
+    @rates.setter
+    def rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self._groups(), rates, strict=True):
+            _set_rate(group, rate)
+
     def done(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> None:
         """Count an update that somebody else has done; ``flag`` is above 0 if it was left out as not finite.
 
         Raises:
             NonFiniteError: if it was, and ``on_nonfinite="raise"``.
         """
-        if self.spec.on_nonfinite == "raise" and self._is_an_error(flag, loss):
-            raise self._error(loss, terms)
+        if self.spec.on_nonfinite == "raise":
+            self.refuse(loss, terms, flag)
         if self._schedulers:  # which warn if they are stepped before their optimizer
             for optimizer in self.optimizers:
                 optimizer._opt_called = True  # type: ignore[attr-defined]
         self._finished(loss, terms, flag, flag)
+
+    def refuse(self, loss: Tensor, terms: Mapping[str, Any], flag: Tensor) -> None:
+        """Raise if ``flag`` is above 0; but of losses that are scaled, gradients overflow now and then, and that is no error.
+
+        Raises:
+            NonFiniteError: naming the step and, where they are there, the gradients.
+        """
+        if flag.item() and not (self.scaled and math.isfinite(loss.item())):
+            raise self._error(loss, terms)
 
     def look(self, loss: Tensor, terms: Mapping[str, Any]) -> None:
         """Raise at once where the update would not be finite, at the cost of a host read; nothing is changed.
@@ -256,12 +275,8 @@ class Update:
             NonFiniteError: naming the step and the gradients.
         """
         gradients = self._gradients(loss)
-        if gradients and self._is_an_error(self._not_finite(gradients, loss), loss):
-            raise self._error(loss, terms)
-
-    def _is_an_error(self, flag: Tensor, loss: Tensor) -> bool:
-        """Whether to raise what was not finite: of losses that are scaled, gradients overflow now and then."""
-        return bool(flag.item()) and not (self.scaled and math.isfinite(loss.item()))
+        if gradients:
+            self.refuse(loss, terms, self._not_finite(gradients, loss))
 
     def _gradients(self, loss: Tensor) -> list[Tensor]:
         gradients = [gradient for p in self.tensors if (gradient := p.grad) is not None]

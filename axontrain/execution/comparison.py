@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from axontrain.execution.attempt import before_step, put_back
+from axontrain.execution.attempt import before_step, put_back, reason_of
 from axontrain.execution.beginning import Before
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.outcome import Outcome
@@ -32,10 +32,11 @@ def compared(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], kernels: C
         The step, and what of the replay was another; "" if nothing was.
 
     Raises:
-        UnrecordableError: where memory runs out; the step was not done.
+        UnrecordableError: where memory runs out, or a replay fails; the step was not done.
     """
-    before = before_step(graph, own)
-    different = ""
+    with _in_memory():
+        before = before_step(graph, own)
+    different, rates = "", [update.rates for update in graph.updates]
     try:
         with _in_memory():
             given = graph.replay(batch)
@@ -49,7 +50,9 @@ def compared(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], kernels: C
                     different = replayed.unlike(live, _computed(graph, batch, own, before))
     finally:
         put_back(graph, before)
-    step = kernels(batch)
+        for update, of_groups in zip(graph.updates, rates, strict=True):
+            update.rates = of_groups  # the forward pass may look at those of the step before
+    step = _for_good(graph, batch, kernels, before)
     if graph.whole:
         live = _outcome(graph, step, own)
         different = replayed.unlike(live)
@@ -71,15 +74,29 @@ def _wavers(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], before: Bef
             put_back(graph, now)
 
 
+def _for_good(graph: StepGraph, batch: Any, kernels: Callable[[Any], Step], before: Before) -> Step:
+    """The step without the recording; where memory runs out before an update, as if it had not begun."""
+    counted = [update.steps for update in graph.updates]
+    try:
+        return kernels(batch)
+    except Exception as error:
+        if not out_of_memory(error) or counted != [update.steps for update in graph.updates]:
+            raise
+        put_back(graph, before)
+        raise UnrecordableError(NO_MEMORY) from error
+
+
 @contextlib.contextmanager
 def _in_memory() -> Iterator[None]:
-    """Have memory that runs out be a reason not to replay."""
+    """Have memory that runs out, and whatever else a replay fails of, be a reason not to replay."""
     try:
         yield
+    except UnrecordableError:
+        raise
     except Exception as error:
         if out_of_memory(error):
             raise UnrecordableError(NO_MEMORY) from error
-        raise
+        raise UnrecordableError(*reason_of(error)) from error
 
 
 def _computed(graph: StepGraph, batch: Any, own: Mapping[str, Tensor], before: Before) -> Outcome:

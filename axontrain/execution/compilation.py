@@ -6,9 +6,8 @@ same run.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from axontrain.data.structure import shapes
 from axontrain.errors import warn
@@ -67,12 +66,11 @@ class Compilation:
         elif why := self.seen["divided"]:
             self.divided, self.report.how, self.report.reason = why, "in parts", why
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """What goes on as this does, without its graphs, which are of this objective: they are compiled again when needed."""
-        copied = type(self)(copy.deepcopy(self.precision, memo))
-        memo[id(self)] = copied
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which goes on as this does: without the graphs, which are of this objective; it compiles its own."""
+        copied = type(self)(self.precision)
         copied.load_state_dict(self.state_dict())
-        return copied
+        return vars(copied)
 
     def how(self, batch: Any, step: int) -> str:
         """How a batch is to be done that no graph is of: by a "static" graph, a "dynamic" one, or in "eager"."""

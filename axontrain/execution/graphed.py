@@ -27,6 +27,7 @@ from axontrain.objective import Step
 from axontrain.state import LoopState
 
 MOST = 8  # recordings at a time
+WATCHED = 10  # steps in a row that somebody looks on at: that is said
 TRIES = 3  # where kernels sum in any order, and two steps alike differ in their last bits
 
 
@@ -51,26 +52,29 @@ class Graphed:
         self.apart = ""  # why updates are not to be recorded, found while it was tried
         self.trial: Trial | None = None
         self.tried: StepGraph | None = None  # by the trial
+        self.watched = 0  # steps in a row that were left to the other runner, as somebody looks on
         self.unseen = False  # whether the last steps were replays, of which the versions of tensors know nothing
 
     def __call__(self, batch: Any) -> Step:
         graph = self.graph
         if graph is None or self._watched():
             return self._otherwise(batch)
-        for update in self.updates:
-            update.ready()
         given = graph.replay(batch)
         return self._otherwise(batch) if given is None else self._counted(graph, *given)
 
     def _counted(self, graph: StepGraph, step: Step, updated: Sequence[Updated]) -> Step:
         """The step of a replay: what of it is no work of the device."""
         self.made.report.replayed += 1
+        if self.watched:
+            self.watched, self.made.report.not_replayed = 0, ""
         self.worth.replays += 1
         self.unseen = True
         if graph.gradients:
             graph.put_gradients()
             if not graph.whole:
-                for update, _, _, flag in updated:
+                for update, loss, terms, flag in updated:
+                    if graph.raises:  # before anything is updated
+                        update.refuse(loss, terms, flag)
                     update.step(flag)
         for update, loss, terms, flag in updated:
             update.done(loss, terms, flag)
@@ -86,19 +90,35 @@ class Graphed:
             for p in update.tensors:
                 if p.grad is not None or p._backward_hooks or p._post_accumulate_grad_hooks:
                     return True
-        # Autocast of somebody else's keeps copies of weights beyond a step.
-        around = torch.is_autocast_enabled(self.device.type)
+        # Autocast of somebody else's keeps copies of weights beyond a step; without gradients there is an error to raise.
+        around = torch.is_autocast_enabled(self.device.type) or not torch.is_grad_enabled()
         return around or torch.is_anomaly_enabled() or bool(torch._C._len_torch_dispatch_stack())
+
+    def _tell_who_watches(self) -> None:
+        """Say why steps are not replayed, where that goes on."""
+        self.watched += 1
+        if self.watched != WATCHED:
+            return
+        tensors = [p for update in self.updates for p in update.tensors]
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in tensors):
+            self.made.waits("there are hooks on the gradients of parameters, which would not be called")
+        elif any(p.grad is not None for p in tensors):
+            self.made.waits("parameters have gradients from before, to which those of a step are added")
+        elif torch.is_autocast_enabled(self.device.type):
+            self.made.waits("torch.autocast is on around it: precision= of the Loop does the same within a step")
+        elif torch.is_anomaly_enabled():
+            self.made.waits("torch's anomaly mode is on")
+        elif torch._C._len_torch_dispatch_stack():
+            self.made.waits("a torch dispatch mode looks at all operators")
 
     def _otherwise(self, batch: Any) -> Step:
         """A step that the recording in use is not of: of another, of a new one, or of none."""
         if self.made.eager:
             return self._kernels(batch)
         if self._watched():
+            self._tell_who_watches()
             with contextlib.nullcontext() if self.trial is None else self.trial.apart():
                 return self._kernels(batch)
-        for update in self.updates:
-            update.ready()
         if self.trial is not None and (step := self._in_trial(batch)) is not None:
             return step
         for graph in self.made.graphs:
@@ -106,7 +126,7 @@ class Graphed:
                 self.graph = graph
                 return self._counted(graph, *given)
         fitting = [graph for graph in self.made.graphs if graph.inputs.fitting(batch) is not None]
-        if any(not (graph.options.set() and graph.assumptions.hold()) for graph in fitting):
+        if not all(graph.holds() for graph in fitting):
             return self._ended(batch, fitting[0])
         if not fitting and self._is_worth_it(batch):
             fitting = self._recorded(batch)
@@ -128,7 +148,10 @@ class Graphed:
         """Whether the step of a batch is to be recorded; it gives up where none will ever be."""
         kind = described(batch)
         if self.worth.often(kind):
-            return len(self.made.graphs) < MOST
+            if len(self.made.graphs) < MOST:
+                return True
+            self.made.report.others += 1
+            return False
         if why := unlike(batch):
             self._give_up(why)
         elif self.worth.full and not self.made.graphs and not self.worth.knows(kind):
@@ -176,7 +199,9 @@ class Graphed:
         try:
             step, different = compared(graph, batch, self.own, self._kernels)
         except UnrecordableError as error:
-            self._give_up(str(error))
+            self._give_up(*reason_of(error))
+            step = None
+        if step is None:  # and what the error held on to is free
             return self._kernels(batch)
         self.unseen = True
         if different:
@@ -202,7 +227,7 @@ class Graphed:
         if graph.inputs.fitting(batch) is None:
             with trial.apart():
                 return self._kernels(batch)
-        if not graph.assumptions.hold() or not graph.options.set():
+        if not graph.holds():
             return None
         way = trial.next()
         if trial.over:

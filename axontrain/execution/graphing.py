@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from axontrain.errors import ConfigurationError, warn
 from axontrain.execution.report import StepReport
@@ -50,6 +49,12 @@ class Graphing:
         self.eager, self.report.not_replayed = why, f"{why}{at}"
         self.close()
 
+    def waits(self, why: str) -> None:
+        """Say why steps are not replayed for now; they are again once that has ended."""
+        if not self.auto:
+            warn(f"graph=True: steps are not replayed: {why}. They are done as without it for as long")
+        self.report.not_replayed = why
+
     def lose(self, ratio: float) -> None:
         """Replays took longer, or no less: do steps kernel by kernel from now on, in later fits too."""
         self.chosen = False
@@ -60,12 +65,9 @@ class Graphing:
         while self.graphs:
             self.graphs.pop().close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """What goes on as this does, without its recordings, which are of this objective."""
-        copied = type(self)(AUTO if self.auto else True)
-        memo[id(self)] = copied
-        copied.report, copied.chosen = copy.deepcopy(self.report, memo), self.chosen
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, which goes on as this does: without the recordings, which are of this objective."""
+        return {**vars(self), "graphs": [], "eager": "", "predictions": True}
 
     def begin(self) -> None:
         """A fit begins: what has kept the last from being recorded may be gone."""

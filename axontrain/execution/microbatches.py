@@ -207,7 +207,7 @@ class SeveralLossesInParts(SeveralLosses):
     def __call__(self, batch: Any) -> Step:
         if self.buffers is not None:
             self.buffers.keep()
-        parts = self.cut(batch)
+        parts, self.overflowed = self.cut(batch), None
         generators: list[Any] = [self.objective.train_step(part) for part in parts]
         weights = [self.objective.weight(part) for part in parts]
         losses: dict[str, list[Tensor]] = {}
@@ -243,7 +243,6 @@ class SeveralLossesInParts(SeveralLosses):
         step = self.step_of(total, losses, self._returned(ends, parts))
         if self.scaler is not None and self.overflowed is not None:
             self.scaler.update(self.overflowed)
-            self.overflowed = None
         return self.finished(step, skipped)
 
     def updated(self, update: Update, loss: Tensor, terms: Mapping[str, Any], skipped: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ from torch import Tensor
 from axontrain.execution.assumptions import is_plain, shown
 from axontrain.guard import hooks_of
 from axontrain.update import Update
+
+OF_SPECS = ("clip_norm", "clip_value", "on_nonfinite")
+
+
+class Group(NamedTuple):
+    """A group of parameters of an optimizer, as it is recorded."""
+
+    optimizer: torch.optim.Optimizer
+    number: int
+    group: dict[str, Any]
+    held: tuple[int, ...]  # the parameters, by id
+    names: list[str]  # of options
+    look: Any
+    expected: tuple[Any, ...]
 
 
 class Options:
@@ -26,12 +40,13 @@ class Options:
     """
 
     def __init__(self, updates: Sequence[Update], *, whole: bool) -> None:
-        self._updates = updates if whole else ()
+        self._every, self._updates = updates, updates if whole else ()
         self._kept = [one for update in self._updates for one in update.keeps()]  # held on to, as the recording writes there
         optimizers = [optimizer for update in self._updates for optimizer in update.optimizers]
+        self._counts = [(optimizer, len(optimizer.param_groups)) for optimizer in optimizers]
         self._hooks = [(optimizer, hooks) for optimizer in optimizers for hooks in hooks_of(optimizer)]
-        self._clips = [(update.spec, update.spec.clip_norm, update.spec.clip_value) for update in updates]
-        self._groups: list[tuple[torch.optim.Optimizer, int, dict[str, Any], list[str], Any, tuple[Any, ...]]] = []
+        self._specs = [(update.spec, [getattr(update.spec, name) for name in OF_SPECS]) for update in updates]
+        self._groups: list[Group] = []
         self._rates: list[tuple[dict[str, Any], Tensor]] = []
         for update in self._updates:
             for optimizer in update.optimizers:
@@ -42,33 +57,40 @@ class Options:
     def _take(self, update: Update, optimizer: torch.optim.Optimizer, number: int, group: dict[str, Any]) -> None:
         moving = ("params", "lr", "initial_lr") if update.scheduled else ("params",)
         names = [name for name in group if name not in moving]
-        look = itemgetter(*names)
-        self._groups.append((optimizer, number, group, names, look, look(group)))
+        look, held = itemgetter(*names), tuple(map(id, group["params"]))
+        self._groups.append(Group(optimizer, number, group, held, names, look, look(group)))
         if update.scheduled:
             # In what kernels take it in: float32 from the memory of a GPU, double on a CPU.
             dtype = torch.float32 if update.single else torch.float64
             self._rates.append((group, torch.full((), group["lr"], dtype=dtype, device=group["params"][0].device)))
 
-    def set(self) -> bool:
-        """Have the recording use the rates of now; False if an option is another than when it was made."""
-        for spec, norm, value in self._clips:
-            if spec.clip_norm != norm or spec.clip_value != value:
+    def hold(self) -> bool:
+        """Whether all but the rates is as it was."""
+        for spec, (norm, value, raises) in self._specs:
+            if spec.clip_norm != norm or spec.clip_value != value or spec.on_nonfinite != raises:
                 return False
-        for optimizer, number, group, _, look, expected in self._groups:
+        for optimizer, number, group, held, _, look, expected in self._groups:
             # torch puts new groups in place of the old when it loads a state, and new state.
-            if optimizer.param_groups[number] is not group or look(group) != expected:
+            groups = optimizer.param_groups
+            if groups[number] is not group or look(group) != expected or tuple(map(id, group["params"])) != held:
+                return False
+        for optimizer, count in self._counts:
+            if optimizer.param_groups[count:]:
                 return False
         for _, hooks in self._hooks:
             if hooks:
                 return False
-        if not self._still():
-            return False
+        return self._still()
+
+    def set(self) -> None:
+        """Have the recording use the rates of now, once those of schedules are."""
+        for update in self._every:
+            update.ready()
         for index, (group, rate) in enumerate(self._rates):
             now = group["lr"]
             if now != self._set[index]:
                 rate.fill_(now)
                 self._set[index] = now
-        return True
 
     def _still(self) -> bool:
         """Whether what the optimizers keep is where it was."""
@@ -77,16 +99,20 @@ class Options:
 
     def broken(self) -> str:
         """Which option is another now, in words; "" if none is."""
-        for spec, norm, value in self._clips:
-            for name, now, before in (("clip_norm", spec.clip_norm, norm), ("clip_value", spec.clip_value, value)):
-                if now != before:
+        for spec, values in self._specs:
+            for name, before in zip(OF_SPECS, values, strict=True):
+                if (now := getattr(spec, name)) != before:
                     return f"the optimizer's {name} was {before}, and is {now}"
-        for optimizer, number, group, names, _, expected in self._groups:
-            if optimizer.param_groups[number] is not group:
+        for one in self._groups:
+            if one.optimizer.param_groups[one.number] is not one.group:
                 return "the optimizer's state was loaded anew"
-            for name, before in zip(names, expected, strict=True):
-                if group[name] != before:
-                    return f"the optimizer's {name} was {shown(before)}, and is {shown(group[name])}"
+            if tuple(map(id, one.group["params"])) != one.held:
+                return f"the optimizer's group {one.number} is of other parameters"
+            for name, before in zip(one.names, one.expected, strict=True):
+                if one.group[name] != before:
+                    return f"the optimizer's {name} was {shown(before)}, and is {shown(one.group[name])}"
+        if any(optimizer.param_groups[count:] for optimizer, count in self._counts):
+            return "the optimizer was given another group"
         for optimizer, hooks in self._hooks:
             if hooks:
                 return f"{type(optimizer).__name__} has hooks on its steps"
@@ -98,7 +124,7 @@ class Options:
         for group, rate in self._rates:
             self._before.append((group, "lr", group["lr"]))
             group["lr"] = rate
-        for _, _, group, *_ in self._groups:
+        for group in (one.group for one in self._groups):
             if "capturable" in group:  # what torch asks for, of fused ones too
                 self._before.append((group, "capturable", group["capturable"]))
                 group["capturable"] = True

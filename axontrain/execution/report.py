@@ -21,6 +21,7 @@ class StepReport:
         recorded: how many CUDA graphs were recorded, over all fits.
         replayed: steps that were replayed from one.
         held: steps that were done both ways, and were the same bits.
+        others: steps that were of more kinds of batches than are recorded.
         rerecorded: what it was that an earlier recording had taken for given.
         update: why the update is done after a replay, and is not a part of it; "" where it is.
         not_replayed: why steps are not replayed; "" where they are, or it was not asked for.
@@ -40,6 +41,7 @@ class StepReport:
     recorded: int = 0
     replayed: int = 0
     held: int = 0
+    others: int = 0
     rerecorded: list[str] = field(default_factory=list)
     update: str = ""
     not_replayed: str = ""
@@ -72,6 +74,7 @@ class StepReport:
         return [
             f"steps are replayed: {counts}",
             *([f"  a step takes {self.ratio:.2f} of what it takes without"] if self.ratio else []),
+            *([f"  {self.others} steps were of further kinds of batches, and done as without"] if self.others else []),
             *([f"  the update is done after it: {self.update}"] if self.update else []),
             *(f"  recorded anew: {change}" for change in self.rerecorded),
         ]

@@ -76,7 +76,7 @@ def _not_replayed(run: Runner, state: LoopState, after_backward: Callable[[LoopS
     if isinstance(getattr(run, "cut", None), AutoCut):
         return "microbatch='auto' looks for memory that runs out in each step"
     if after_backward is not None:
-        return "a callback looks at gradients, in after_backward"
+        return f"a callback looks at gradients, in after_backward: {after_backward.__name__}"
     for name, part in state.objective.named_modules():
         if isinstance(part, nn.RNNBase) and part.dropout > 0 and part.num_layers > 1:
             return f"{name or type(part).__name__} has dropout between its layers, for which cuDNN draws a seed on the host"
@@ -107,9 +107,9 @@ def _compiled(
     if type(run) is not OneLoss:
         why = "microbatches, or losses that are scaled, update once for several backward passes"
     elif replayed:
-        why = "the update and what lies between are replayed with them, from a CUDA graph"
+        why = "graph= replays the update and what lies between with them, from a CUDA graph"
     elif after_backward is not None:
-        why = "a callback looks at gradients, in after_backward"
+        why = f"a callback looks at gradients, in after_backward: {after_backward.__name__}"
     elif len(state.optimizers) > 1:
         why = "there are several optimizers"
     elif isinstance(only := next(iter(state.optimizers.values())), UpdateInBackward):

@@ -48,6 +48,12 @@ class Inputs:
         for index, static in self._tensors:
             static.copy_(leaves[index], non_blocking=True)
 
+    def let_go(self) -> None:
+        """Have the tensors be again what they were made, where a step has asked for gradients by them, as of a penalty."""
+        for _, static in self._tensors:
+            if static.requires_grad:
+                static.requires_grad_(False).grad = None
+
     def versions(self) -> list[int]:
         """How often each tensor was written to."""
         return [static._version for _, static in self._tensors]
@@ -130,8 +136,8 @@ def _ordered(structure: Any) -> Any:
 
 def _kind(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        lies = leaf.stride(), _off(leaf)
-        return type(leaf), leaf.shape, lies, leaf.dtype, leaf.device, leaf.requires_grad
+        off = leaf.data_ptr() % (256 if leaf.is_cuda else 64)  # as in _off
+        return type(leaf), leaf.shape, leaf.stride(), off, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 
 

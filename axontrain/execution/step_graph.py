@@ -50,6 +50,10 @@ class StepGraph:
         self.updated: list[Updated] = []  # by the last step that was computed
         self.gradients: list[tuple[Tensor, Tensor]] = []  # of parameters, where the update is not recorded, or may raise
         self.raises = any(update.spec.on_nonfinite == "raise" for update in updates)
+        # Torch's own leave gradients where they are; others may keep them, and a replay writes to the same memory.
+        optimizers = [optimizer for update in updates for optimizer in update.optimizers]
+        self._lends = all(type(optimizer).__module__.startswith("torch.optim") for optimizer in optimizers)
+        self._in_record = False
         self.recording: Recording | None = None
         self.outputs: Outputs | None = None
 
@@ -61,8 +65,11 @@ class StepGraph:
                 step writes to its batch, or to a value on the host.
         """
         self.updated, versions = [], self.inputs.versions()
-        with self._on_device():
-            step = self.run(self.inputs.batch)
+        try:
+            with self._on_device():
+                step = self.run(self.inputs.batch)
+        finally:
+            self.inputs.let_go()
         if type(step) is not Step:
             raise UnrecordableError(f"train_step returns a {type(step).__name__}, which may have more than a Step")
         if versions != self.inputs.versions():
@@ -101,7 +108,7 @@ class StepGraph:
             flag = update.judge(loss)
             if flag is None:
                 raise UnrecordableError(f"all parameters of the optimizer {update.name!r} are frozen")
-            if self.raises:
+            if self.raises and self._in_record:
                 self._keep_gradients(update)
             if self.whole:
                 update.step(flag)
@@ -117,7 +124,8 @@ class StepGraph:
             for update in self.updates:
                 stack.enter_context(update.recorded())
             stack.callback(self.drop_gradients)
-            self.gradients = []
+            self.gradients, self._in_record = [], True
+            stack.callback(setattr, self, "_in_record", False)
             with self.options:
                 self.recording, self.outputs = recorder.record(self._given, self.assumptions.contents.generators)
             if not self.whole and not self.raises:
@@ -146,8 +154,9 @@ class StepGraph:
             The step, and its updates.
         """
         leaves = self.inputs.fitting(batch)
-        if leaves is None or not self.assumptions.hold() or not self.options.set():
+        if leaves is None or not self.assumptions.hold() or not self.options.hold():
             return None
+        self.options.set()
         self.inputs.take(leaves)
         self.recording.replay()  # type: ignore[union-attr]  # it is there from record to close
         return self.outputs.given(leaves)  # type: ignore[union-attr]
@@ -155,7 +164,11 @@ class StepGraph:
     def put_gradients(self) -> None:
         """Put gradients of the last replay where updates, or an error about them, look for them."""
         for parameter, gradient in self.gradients:
-            parameter.grad = gradient
+            parameter.grad = gradient if self._lends else gradient.clone()
+
+    def holds(self) -> bool:
+        """Whether what was given when it was recorded is as it was."""
+        return self.assumptions.hold() and self.options.hold()
 
     def broken(self) -> str:
         """What of it does not hold any more, in words; "" if that has no name."""
@@ -167,3 +180,6 @@ class StepGraph:
             self.recording.close()
         self.recording = self.outputs = None
         self.updated, self.gradients = [], []
+        for update in self.updates:
+            for optimizer in update.optimizers:
+                vars(optimizer).pop("found_inf", None)  # a flag in that memory, which a fused step was given

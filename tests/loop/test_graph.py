@@ -5,9 +5,12 @@ tests/test_gpu_graph.py.
 """
 
 import argparse
+import contextlib
 import copy
 import enum
 import gc
+import inspect
+import pickle
 import random
 import re
 import sys
@@ -25,9 +28,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import axontrain as ax
 from axontrain import randomness
-from axontrain.execution import trial
+from axontrain.execution import comparison, trial
 from axontrain.execution.graphed import Graphed
 from axontrain.execution.outcome import Outcome
+from axontrain.execution.step_graph import StepGraph
+from axontrain.execution.steps import OneLoss
 
 pytestmark = pytest.mark.usefixtures("recorder")
 
@@ -703,7 +708,7 @@ def test_autocast_around_a_step_by_hand():
     loops = []
     for graph in (False, True):
         loop = made(graph, objective=Plain4)
-        for number in range(20):
+        for number in range(18):
             with torch.autocast("cpu", torch.bfloat16, enabled=number >= 10):
                 loop.train_on_batch((X[:16], Y[:16]))
         loops.append(loop)
@@ -1516,6 +1521,263 @@ def test_compiled_parts_are_replayed():
 def test_the_audit_says_that_it_is_of_steps_that_are_not_replayed():
     found = ax.audit(made(True), (X[:16], Y[:16]))
     assert any("graph=" in note for note in found.notes)
+
+
+def halved(parameter):
+    parameter.grad.mul_(0.5)
+
+
+WATCHING = {
+    "hooks on the gradients": lambda p: p.register_hook(lambda g: g.clamp(-0.01, 0.01)),
+    "hooks on the gradients of parameters": lambda p: p.register_post_accumulate_grad_hook(halved),
+    "torch.autocast is on": lambda p: torch.autocast("cpu", torch.bfloat16),
+    "anomaly mode": lambda p: torch.autograd.set_detect_anomaly(True),
+}
+
+
+@pytest.mark.parametrize("why", WATCHING)
+def test_who_looks_on_at_all_steps_is_told_of(why):
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, objective=Plain)
+        handle = WATCHING[why](loop.objective.net.weight)
+        told = pytest.warns(ax.AxonWarning, match=f"steps are not replayed: .*{why}") if graph else contextlib.nullcontext()
+        try:
+            with told:
+                loop.fit(DATA, epochs=2, batch_size=16) if "hooks" in why else around(handle, loop)
+        finally:
+            if "hooks" in why:
+                handle.remove()
+        loops.append(loop)
+    assert why in loops[1].report().not_replayed
+    assert why in str(loops[1].report())
+    assert same(states(loops[0]), states(loops[1]))
+    loops[1].fit(DATA, epochs=4, batch_size=16)
+    assert loops[1].report().replayed > 0
+    assert loops[1].report().not_replayed == ""
+
+
+def around(context, loop):
+    with warnings.catch_warnings(), context:
+        warnings.filterwarnings("ignore", "Anomaly Detection has been enabled")
+        loop.fit(DATA, epochs=2, batch_size=16)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_there_is_the_same_error(off):
+    loop = made(True, objective=Plain)
+    for _ in range(10):
+        loop.train_on_batch((X[:16], Y[:16]))
+    assert loop.report().replayed > 0
+    with off(), pytest.raises(ax.LossError, match="no graph"):
+        loop.train_on_batch((X[:16], Y[:16]))
+
+
+def test_overflows_of_scaled_losses_are_no_error():
+    x = X.clone()
+    x[80:] *= 300
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("sgd", lr=0.1, on_nonfinite="raise"), Plain, precision="fp16")
+        loop.fit(ax.Loader(ax.ArrayDataset(x, Y), 16), epochs=8)
+        loops.append(loop)
+    assert loops[1].report().replayed > 0
+    assert loops[1].state.optimizers["main"].skipped == loops[0].state.optimizers["main"].skipped > 0
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_updates_that_are_done_apart_raise_too():
+    x = X.clone()
+    x[80] = float("inf")
+    batches, notes, loops = [(x[i : i + 8], Y[i : i + 8]) for i in range(0, 96, 8)], [], []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("rmsprop", lr=0.01, on_nonfinite="raise"), Plain)
+        with pytest.raises(ax.NonFiniteError) as raised:
+            loop.fit(batches, epochs=1)
+        notes.append(str(raised.value))
+        loops.append(loop)
+    assert loops[1].report().replayed > 0
+    assert "RMSprop counts" in loops[1].report().update
+    assert "gradients of net.weight, net.bias are not finite" in notes[0]
+    assert notes[0] == notes[1]
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_raising_from_a_step_on():
+    x = X.clone()
+    x[80] = float("inf")
+    notes = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("sgd", lr=0.1), Plain)
+
+        @loop.on("before_batch")
+        def _(state):
+            if state.step == 6:
+                state.optimizers["main"].spec.on_nonfinite = "raise"
+
+        with pytest.raises(ax.NonFiniteError) as raised:
+            loop.fit([(x[i : i + 8], Y[i : i + 8]) for i in range(0, 96, 8)], epochs=1)
+        notes.append(str(raised.value))
+    assert "gradients of net.weight, net.bias are not finite" in notes[0]
+    assert notes[0] == notes[1]
+
+
+def regrouped(state, way):
+    optimizer = state.optimizers["main"].optimizers[0]
+    group = optimizer.param_groups[0]
+    parameter = group["params"].pop(0)
+    if way == "moved":
+        optimizer.add_param_group({"params": [parameter], "lr": 0.5, "fused": group["fused"]})
+    elif way == "swapped":
+        group["params"].append(parameter)
+
+
+@pytest.mark.parametrize("way", ["taken out", "moved", "swapped"])
+def test_groups_of_parameters_that_change(way):
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("sgd", lr=0.1, momentum=0.9), Plain4)
+
+        @loop.on("before_batch")
+        def _(state):
+            if state.step == 15:
+                regrouped(state, way)
+
+        loop.fit(DATA, epochs=5, batch_size=16)
+        loops.append(loop)
+    assert all(torch.equal(p, q) for p, q in zip(*(loop.objective.parameters() for loop in loops), strict=True))
+    assert loops[1].report().rerecorded == ["the optimizer's group 0 is of other parameters"]
+
+
+class Remembers(torch.optim.Optimizer):
+    """One that keeps the gradient itself, and counts in its group."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "count": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                before = self.state[p].get("previous", p.grad)
+                p.sub_(group["lr"] * (2 * p.grad - before))
+                self.state[p]["previous"] = p.grad
+
+
+def test_an_optimizer_may_keep_the_gradient_itself():
+    plain, replayed = (fitted(graph, ax.Optimizer(Remembers, lr=0.1), Plain) for graph in (False, True))
+    assert replayed.report().replayed > 30
+    assert all(torch.equal(p, q) for p, q in zip(plain.objective.parameters(), replayed.objective.parameters(), strict=True))
+
+
+class Penalised(Plain):
+    """Asks for gradients by its inputs, in place, as gradient penalties and adversarial training do."""
+
+    def __init__(self, way="penalty"):
+        super().__init__()
+        self.way = way
+
+    def train_step(self, batch):
+        x, y = batch
+        x.requires_grad_(True)
+        logits = self.net(x)
+        if self.way == "penalty":
+            (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+            return ax.Step(self.loss(logits, y) + 0.1 * slope.square().mean(), logits, y)
+        self.loss(logits, y).backward(inputs=[x])
+        adversarial = x.detach() + 0.1 * x.grad.sign()
+        x.grad = None
+        logits = self.net(adversarial)
+        return ax.Step(self.loss(logits, y), logits, y)
+
+
+@pytest.mark.parametrize("way", ["penalty", "adversarial"])
+def test_gradients_by_the_batch(way):
+    plain, replayed = (fitted(graph, objective=lambda: Penalised(way)) for graph in (False, True))
+    assert replayed.report().replayed > 30
+    assert same(states(plain), states(replayed))
+
+
+def test_a_scheduled_rate_is_the_one_before_while_a_step_is_computed():
+    class Shows(Plain):
+        def train_step(self, batch):
+            step = super().train_step(batch)
+            step.values = {"rate": torch.tensor(self.rates()[0])}
+            return step
+
+    loops = []
+    for graph in (False, True):
+        loop = made(graph, ax.Optimizer("adamw", lr=1e-2, schedule=ax.schedules.cosine()), Shows)
+        loop.objective.rates = lambda loop=loop: [
+            float(g["lr"]) for g in loop.state.optimizers["main"].optimizers[0].param_groups
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ax.AxonWarning)  # a step that looks at the Loop is not replayed
+            loop.fit(DATA, epochs=4, batch_size=16)
+        loops.append(loop)
+    assert same(states(loops[0]), states(loops[1]))
+
+
+def test_steps_of_more_kinds_than_are_recorded_are_counted():
+    sizes = [*range(4, 14)] * 8
+    loop = made(True, objective=Plain, strict=False)
+    loop.fit([(X[:n], Y[:n]) for n in sizes], epochs=1)
+    report = loop.report()
+    assert (report.recorded, report.others) == (8, 2 * (8 - 3))
+    assert "10 steps were of further kinds of batches" in str(report)
+
+
+FAILING = {
+    "what is kept of before": (comparison, "before_step"),
+    "the replay": (StepGraph, "replay"),
+    "the step without": (OneLoss, "finished"),
+}
+
+
+@pytest.mark.parametrize("where", FAILING)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a kernel of one's own")])
+def test_what_fails_while_a_recording_is_compared(where, error, monkeypatch):
+    if where == "the step without" and not isinstance(error, torch.OutOfMemoryError):
+        pytest.skip("it is the step's own error")
+    plain = fitted(False, objective=Net, epochs=4)
+    owner, name = FAILING[where]
+    genuine, armed = getattr(owner, name), [True]
+
+    def failing(*args, **kwargs):
+        within = [frame.function for frame in inspect.stack(0)[1:6]]
+        if armed[0] and ("compared" in within or "_for_good" in within):
+            armed[0] = False
+            raise error
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.warns(ax.AxonWarning, match="there is not the memory|a kernel of one's own"):
+        replayed = fitted(True, objective=Net, epochs=4)
+    assert not armed[0]
+    assert same(states(plain), states(replayed))
+    assert not living
+
+
+def test_a_loop_is_pickled_and_goes_on():
+    loop = made(True, objective=Plain)
+    for _ in range(10):
+        loop.train_on_batch((X[:16], Y[:16]))
+    copied = pickle.loads(pickle.dumps(loop))
+    for each in (loop, copied):
+        for _ in range(10):
+            each.train_on_batch((X[:16], Y[:16]))
+    assert copied.report().replayed > 5
+    assert same(states(loop)[:2], states(copied)[:2])
+
+
+def test_a_callback_that_keeps_steps_from_being_replayed_is_named():
+    class Norms(ax.Callback):
+        def after_backward(self, state):
+            pass
+
+    with pytest.warns(ax.AxonWarning, match="a callback looks at gradients, in after_backward: Norms"):
+        fitted(True, epochs=1, callbacks=[Norms()])
 
 
 def test_python_between_replays_is_little(monkeypatch):
