@@ -421,7 +421,7 @@ class Loop:
             return
         self._start.restore(self.callbacks, tree, source)
         for name, update in self.state.optimizers.items():
-            saved = tree["optimizers"][name]["average"]
+            saved = tree["optimizers"][name].get("average")
             if saved is not None and not update.takes(saved):
                 warn(
                     f"the saved run evaluated an average of its weights ({saved['kind']}), and the optimizer {name!r} has "

@@ -448,7 +448,7 @@ class Update:
             "unscaled": list(self._unscaled),
             "skipped": self.skipped + skips,
             "in_a_row": _counted(flags, self.in_a_row)[1],
-            "bad_losses": _counted(of_losses, self.bad_losses)[1] if self.scaled else 0,
+            "bad_losses": _counted(of_losses, self.bad_losses)[1] if self.scaled else self.bad_losses,
             "average": None if self.average is None else self.average.state_dict(),
         }
 

@@ -219,3 +219,19 @@ def test_a_damaged_best_does_not_stay_the_best(tmp_path):
         loop.fit(LINE, epochs=2, batch_size=8, resume=True)
     ax.load_weights(ax.Supervised(torch.nn.Linear(3, 1), "mse"), second.best_path)
     assert second.best_path.name == best.name, "the same reading, of a whole checkpoint"
+
+
+def test_a_state_of_before_there_were_averages_is_restored():
+    loop = line()
+    saved = loop.save()
+    del saved["optimizers"]["main"]["average"]
+    loop.restore(saved)
+    assert loop.save()["optimizers"]["main"]["average"] is None
+
+
+def test_what_was_counted_while_losses_were_scaled_is_kept_where_they_are_not():
+    loop = line()
+    saved = loop.save()
+    saved["optimizers"]["main"]["bad_losses"] = 2
+    loop.restore(saved)
+    assert loop.save()["optimizers"]["main"]["bad_losses"] == 2
