@@ -39,8 +39,8 @@ print(json.dumps([seconds * 1e3, cpu_seconds * 1e3, len(sys.modules) - before]))
 """
 
 
-def main() -> None:
-    """Measure and print the table."""
+def main() -> int:
+    """Measure and print the table; 1 where axontrain misses its goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peers", action="append", default=[], metavar="PYTHON", help="may be given more than once")
@@ -69,9 +69,9 @@ def main() -> None:
     print(f"{report.heading('imports', f'rounds: {arguments.rounds}; medians.')}\n")
     header = ["import, after torch", "ms (min–max)", "CPU ms", "modules"]
     print(report.table(header, body, markdown=arguments.markdown))
-    if times.get("axontrain"):
-        ours = median(wall for wall, _, _ in times["axontrain"])
-        print(f"\naxontrain: {ours:.0f} ms, the goal is {GOAL_MS}: {'met' if ours <= GOAL_MS else 'missed'}.")
+    ours = median(wall for wall, _, _ in times["axontrain"])
+    print(f"\naxontrain: {ours:.0f} ms, the goal is {GOAL_MS}: {'met' if ours <= GOAL_MS else 'missed'}.")
+    return int(ours > GOAL_MS)
 
 
 def modules(contender: Contender) -> str:
