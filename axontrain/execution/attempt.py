@@ -14,7 +14,7 @@ from axontrain.execution.lines import of_error, told
 from axontrain.execution.options import why_apart
 from axontrain.execution.parts import Parts
 from axontrain.execution.recording import Recorder
-from axontrain.execution.step_graph import StepGraph, UnrecordableError
+from axontrain.execution.step_graph import NotYetError, StepGraph, UnrecordableError
 from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.execution.tracing import Trace
 from axontrain.update import Update
@@ -45,6 +45,7 @@ def attempt(
 
     Raises:
         UnrecordableError: if it cannot be recorded.
+        NotYetError: if it can be after some more steps.
         Exception: what torch raises where it cannot.
     """
     apart = apart or why_apart(updates)
@@ -55,9 +56,11 @@ def attempt(
     graph = StepGraph(run, updates, batch, apart=apart, predictions=predictions)
     if running := graph.assumptions.contents.running:
         raise UnrecordableError(running)
-    before = before_step(graph, own)
+    before, kept = before_step(graph, own), _kept(updates)
     try:
         _try(graph, recorder)
+        if _kept(updates) != kept:
+            raise NotYetError("an optimizer makes in this step what it will keep")
         put_back(graph, before)
         graph.record(recorder)
     except BaseException:
@@ -66,6 +69,10 @@ def attempt(
         raise
     put_back(graph, before)
     return graph
+
+
+def _kept(updates: Sequence[Update]) -> list[int]:
+    return [len(update.keeps()) for update in updates]
 
 
 def before_step(graph: StepGraph, own: Mapping[str, Tensor]) -> Before:

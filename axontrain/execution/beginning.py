@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -97,10 +98,12 @@ class Before:
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self._parameters = dict(module.named_parameters())
         self._state: list[tuple[Tensor, Tensor]] = []
+        self._states: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []
         self._drawn: list[tuple[Any, Any]] = []
 
     def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Take in what the optimizers keep."""
+        """Take in what the optimizers keep; what they keep beside it later, :meth:`put_back` takes away."""
+        self._states += [(one.state, {p: dict(of_p) for p, of_p in one.state.items()}) for one in optimizers]
         found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
         self.take(value for value in found if isinstance(value, Tensor))
 
@@ -121,6 +124,13 @@ class Before:
         self._attributes.put_back()
         for name, parameter in self._parameters.items():
             _restore(parameter, self.named[name])
+        for state, known in self._states:
+            for p in [p for p in state if p not in known]:
+                del state[p]
+            for p, of_p in known.items():
+                if state[p].keys() != of_p.keys() or not all(map(is_, state[p].values(), of_p.values())):
+                    state[p].clear()
+                    state[p].update(of_p)
         for live, before in self._state:
             _restore(live, before)
 

@@ -19,7 +19,7 @@ from axontrain.execution.comparison import compared
 from axontrain.execution.graphing import Graphing
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.statics import Updated, described, unlike
-from axontrain.execution.step_graph import StepGraph, UnrecordableError
+from axontrain.execution.step_graph import NotYetError, StepGraph, UnrecordableError
 from axontrain.execution.steps import OneLoss, SeveralLosses
 from axontrain.execution.trial import LESS, Trial
 from axontrain.execution.worth import KINDS, Worth
@@ -27,7 +27,7 @@ from axontrain.objective import Step
 from axontrain.state import LoopState
 
 MOST = 8  # recordings at a time
-WATCHED = 10  # steps in a row that somebody looks on at: that is said
+WATCHED = 10  # steps that are left to the other runner for now: that is said
 TRIES = 3  # where kernels sum in any order, and two steps alike differ in their last bits
 
 
@@ -52,7 +52,7 @@ class Graphed:
         self.apart = ""  # why updates are not to be recorded, found while it was tried
         self.trial: Trial | None = None
         self.tried: StepGraph | None = None  # by the trial
-        self.watched = 0  # steps in a row that were left to the other runner, as somebody looks on
+        self.watched = 0  # steps since the last replay that were left to the other runner for now
         self.unseen = False  # whether the last steps were replays, of which the versions of tensors know nothing
 
     def __call__(self, batch: Any) -> Step:
@@ -94,29 +94,31 @@ class Graphed:
         around = torch.is_autocast_enabled(self.device.type) or not torch.is_grad_enabled()
         return around or torch.is_anomaly_enabled() or bool(torch._C._len_torch_dispatch_stack())
 
-    def _tell_who_watches(self) -> None:
-        """Say why steps are not replayed, where that goes on."""
+    def _waits(self, why: str) -> None:
+        """Say why steps are not replayed for now, where that goes on."""
         self.watched += 1
-        if self.watched != WATCHED:
-            return
+        if self.watched == WATCHED:
+            self.made.waits(why)
+
+    def _watched_by(self) -> str:
+        """Who it is that :meth:`_watched` has found."""
         tensors = [p for update in self.updates for p in update.tensors]
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in tensors):
-            self.made.waits("there are hooks on the gradients of parameters, which would not be called")
-        elif any(p.grad is not None for p in tensors):
-            self.made.waits("parameters have gradients from before, to which those of a step are added")
-        elif torch.is_autocast_enabled(self.device.type):
-            self.made.waits("torch.autocast is on around it: precision= of the Loop does the same within a step")
-        elif torch.is_anomaly_enabled():
-            self.made.waits("torch's anomaly mode is on")
-        elif torch._C._len_torch_dispatch_stack():
-            self.made.waits("a torch dispatch mode looks at all operators")
+            return "there are hooks on the gradients of parameters, which would not be called"
+        if any(p.grad is not None for p in tensors):
+            return "parameters have gradients from before, to which those of a step are added"
+        if torch.is_autocast_enabled(self.device.type):
+            return "torch.autocast is on around it: precision= of the Loop does the same within a step"
+        if torch.is_anomaly_enabled():
+            return "torch's anomaly mode is on"
+        return "a dispatch mode looks on, or a callback skips updates"
 
     def _otherwise(self, batch: Any) -> Step:
         """A step that the recording in use is not of: of another, of a new one, or of none."""
         if self.made.eager:
             return self._kernels(batch)
         if self._watched():
-            self._tell_who_watches()
+            self._waits(self._watched_by())
             with contextlib.nullcontext() if self.trial is None else self.trial.apart():
                 return self._kernels(batch)
         if self.trial is not None and (step := self._in_trial(batch)) is not None:
@@ -148,10 +150,13 @@ class Graphed:
         """Whether the step of a batch is to be recorded; it gives up where none will ever be."""
         kind = described(batch)
         if self.worth.often(kind):
-            if len(self.made.graphs) < MOST:
-                return True
-            self.made.report.others += 1
-            return False
+            if len(self.made.graphs) >= MOST:
+                self.made.report.others += 1
+                return False
+            frozen = [update.name for update in self.updates if not any(p.requires_grad for p in update.tensors)]
+            if frozen:
+                self._waits(f"all parameters of the optimizer {frozen[0]!r} are frozen")
+            return not frozen
         if why := unlike(batch):
             self._give_up(why)
         elif self.worth.full and not self.made.graphs and not self.worth.knows(kind):
@@ -182,6 +187,9 @@ class Graphed:
         of = self.run, self.updates, batch, self.recorder, self.own
         try:
             graph = attempt(*of, apart=self.apart, predictions=self.made.predictions)
+        except NotYetError:
+            self.worth.forget(described(batch))
+            return []
         except Exception as error:
             if out_of_memory(error):
                 self._give_up("there is not the memory to record them")

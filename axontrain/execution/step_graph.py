@@ -27,6 +27,10 @@ class UnrecordableError(Exception):
     """Why a step cannot be recorded, found before it is tried; and the line of the user's, where there is one."""
 
 
+class NotYetError(UnrecordableError):
+    """Why a step cannot be recorded before it was done some more times."""
+
+
 class StepGraph:
     """A step of a runner, recorded.
 

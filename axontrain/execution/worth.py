@@ -36,6 +36,10 @@ class Worth:
             self.kinds.append((kind, 1))
         return False
 
+    def forget(self, kind: Any) -> None:
+        """Count batches of a kind anew."""
+        self.kinds = [(other, 1 if other == kind else count) for other, count in self.kinds]
+
     def knows(self, kind: Any) -> bool:
         """Whether batches of a kind are counted."""
         return any(other == kind for other, _ in self.kinds)

@@ -1780,6 +1780,35 @@ def test_a_callback_that_keeps_steps_from_being_replayed_is_named():
         fitted(True, epochs=1, callbacks=[Norms()])
 
 
+def test_an_optimizer_whose_parameters_are_all_frozen_for_now():
+    class Two(Plain):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def predict(self, x):
+            return self.net(self.first(x))
+
+    loops = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        optimizers = {
+            "first": ax.Optimizer("adamw", lr=1e-2, params="first.*"),
+            "rest": ax.Optimizer("sgd", lr=0.1, params="net.*"),
+        }
+        thaws = ax.Unfreeze("first.*", at="3 epochs")
+        loop = ax.Loop(Two(), optimizers, graph=graph, device="cpu", progress=False, callbacks=[thaws])
+        if graph:
+            with pytest.warns(ax.AxonWarning, match="not replayed: all parameters of the optimizer 'first' are frozen"):
+                loop.fit(DATA, epochs=8, batch_size=16)
+        else:
+            loop.fit(DATA, epochs=8, batch_size=16)
+        loops.append(loop)
+    assert loops[1].report().replayed == 5 * 6 - 3 - 2
+    assert loops[1].report().not_replayed == ""
+    assert same(states(loops[0]), states(loops[1]))
+
+
 def test_python_between_replays_is_little(monkeypatch):
     monkeypatch.setattr(Recording, "replay", lambda self: None)
     monkeypatch.setattr(Outcome, "unlike", lambda self, expected, again=None: "")  # as nothing is computed
