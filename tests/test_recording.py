@@ -7,6 +7,7 @@ import collections
 import contextlib
 import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -96,6 +97,8 @@ class Cuda:
         self.spoilt = set()  # those of them whose recording cannot be ended any more
         self.workspaces = {}  # of cuBLAS, by stream
         self.beginning = None  # an error that the next recording begins with
+        self.stuck = False  # whether no recording can be ended
+        self.asked = {}  # graphs, by whom pinned memory that is asked for meanwhile is for them
         self.generator_recorded = False
 
     def new_stream(self, device):
@@ -145,6 +148,9 @@ class Cuda:
         elif self.generator_recorded:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
+    def pin(self):
+        assert all(self.asked[pool]() is not None for pool in self.host.underway), "a graph that is no more is asked"
+
     def use_counts(self):
         """Of all pools that are used."""
         return [count for allocator in self.allocators for count in allocator.counts.values() if count]
@@ -166,16 +172,18 @@ class Graph:
         self.id, self.allocator = pool or (cuda.handle()[1], 0), cuda.allocators[cuda.device]
         self.allocator.begin(self.id)
         cuda.host.begin(self.id)
+        cuda.asked[self.id], self.acquired = weakref.ref(self), True
         if cuda.beginning is not None:
             error, cuda.beginning = cuda.beginning, None
             raise error
-        self.acquired = True
         cuda.capturing[self.stream] = self
 
     def capture_end(self):
         cuda = self.cuda
         if cuda.now() != self.stream:
             raise RuntimeError("Capture must end on the same stream it began on.")
+        if cuda.stuck:
+            raise RuntimeError("CUDA error: unspecified launch failure")
         del cuda.capturing[self.stream]
         failed = self.stream in cuda.spoilt
         cuda.spoilt.discard(self.stream)
@@ -274,6 +282,7 @@ def as_ever(cuda):
     assert (cuda.device, cuda.current) == (0, cuda.default)
     cuda.empty_cache()
     cuda.rand()
+    cuda.pin()
     other = recording.Recorder(DEVICE)
     one = recorded(other, cuda)
     one.replay()
@@ -302,7 +311,10 @@ def test_recordings_share_a_pool_that_is_given_back_with_the_last(cuda):
         several[0].replay()
     several[2].close()
     assert cuda.use_counts() == []
-    assert recorded(recorder, cuda).replay() is None  # of a new generation
+    one = recorded(recorder, cuda)  # of a new generation
+    one.replay()
+    one.close()
+    assert cuda.use_counts() == []
     recorder.renew()
     assert as_ever(cuda)
 
@@ -348,6 +360,7 @@ def test_where_a_recording_cannot_be_ended_the_pool_is_given_back_once(cuda, bes
     with pytest.raises(RuntimeError, match="failed due to a previous error") as told:
         recorder.record(fails)
     assert "not permitted when stream is capturing" in str(told.value.__context__)
+    del told
     assert cuda.use_counts() == ([2] if beside else [])
     cuda.rand()  # the generator is not left in the middle
     for one in others:
@@ -391,6 +404,8 @@ def test_a_recording_that_does_not_begin(cuda):
         recorder.record(step(cuda))
     assert cuda.current == cuda.default
     assert cuda.allocators[0].underway == []
+    assert cuda.use_counts() in ([], [1])  # it is empty
+    cuda.empty_cache()
     assert recorded(recorder, cuda).replay() is None
 
 
@@ -459,15 +474,28 @@ def test_the_device_and_the_streams_are_what_they_were(cuda, present, spoil):
     assert cuda.use_counts() == []
 
 
+def test_a_stream_that_is_not_to_be_ended_is_not_used_again(cuda):
+    recorder = recording.Recorder(DEVICE)
+    cuda.stuck = True
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        recorder.record(step(cuda))
+    (stuck, *_), cuda.stuck = cuda.capturing, False
+    recorder.renew()
+    gc.collect()
+    assert stuck not in recording._free[DEVICE]
+    assert stuck != streams(recorded(recorder, cuda))[0]
+
+
 def streams(*recordings):
     return [one._generation.stream for one in recordings]
 
 
 def test_no_two_live_generations_share_a_stream(cuda):
-    recorders = [recording.Recorder(DEVICE) for _ in range(recording.STREAMS)]
-    for _ in range(5):
-        cuda.new_stream(DEVICE)  # of somebody else: torch gives out the same ones again
-    live = [recorded(recorder, cuda) for recorder in recorders]
+    recorders, live = [recording.Recorder(DEVICE) for _ in range(recording.STREAMS)], []
+    for recorder in recorders:
+        live.append(recorded(recorder, cuda))
+        for _ in range(7):
+            cuda.new_stream(DEVICE)  # of somebody else: torch gives out the same ones again
     assert len(set(streams(*live))) == len(live)
     assert streams(live[0]) == streams(recorded(recorders[0], cuda))
     for one in live[::2]:
