@@ -38,7 +38,7 @@ class Recorder:
         self._generation: _Generation | None = None
 
     def renew(self) -> None:
-        """Begin a new generation: what torch has kept for the last is not to be used again."""
+        """Begin a new generation with the next recording, whether or not all of the last are closed."""
         self._generation = None
 
     def _now(self) -> _Generation:
@@ -168,7 +168,7 @@ class _Generation:
             generators: that were drawn from.
             entered: whether something was recorded.
         """
-        with contextlib.suppress(Exception), torch.cuda.stream(self.stream):
+        with contextlib.suppress(Exception), torch.cuda.stream(self.stream), _unwarned():
             if torch.cuda.is_current_stream_capturing():  # Ctrl-C came between, or the function has left another stream
                 graph.capture_end()
         with contextlib.suppress(Exception), torch.cuda.stream(self.stream):
@@ -186,8 +186,7 @@ class _Generation:
         with contextlib.suppress(Exception):
             self._count_out(entered=entered)
         # Its generators take themselves for recorded, until a recording ends well.
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is next to empty
+        with contextlib.suppress(Exception), _unwarned():
             stream, fresh = _taken(self.device), _graph(generators)  # not on ours, see above
             with torch.cuda.graph(fresh, stream=stream, capture_error_mode="thread_local"):
                 torch.zeros((), device=self.device)
@@ -217,6 +216,14 @@ def _over(device: torch.device, graphs: list[Any], streams: list[Any]) -> None:
         stack.callback(graphs.clear)
         for graph in graphs:
             stack.callback(graph.reset)
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without torch's warning of a recording with nothing in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _graph(generators: list[torch.Generator]) -> Any:
