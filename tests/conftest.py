@@ -15,6 +15,8 @@ def pytest_configure(config):
     # What is compared bitwise is compared on the CPU, on machines that have a GPU too; those that need one are asked for.
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:  # torch reads it with what it first computes by cuBLAS, and what is compared bitwise there needs it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A shell starts what it runs in the background with Ctrl-C ignored, which all processes of the tests would inherit.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

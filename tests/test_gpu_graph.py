@@ -1,5 +1,6 @@
 """graph= on a GPU: what is replayed from CUDA graphs is bitwise what it is without. What a CPU can show: loop/test_graph.py."""
 
+import gc
 import subprocess
 import sys
 import textwrap
@@ -32,8 +33,7 @@ class Digits(ax.Objective):
 
 
 @pytest.fixture(autouse=True)
-def deterministic(monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -208,6 +208,7 @@ def test_after_a_recording_that_failed_memory_and_generators_are_as_ever(monkeyp
 
     monkeypatch.setattr(attempt, "_try", lambda graph, recorder: None)
     objective = ReadsAndDraws()
+    gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     with pytest.warns(ax.AxonWarning, match="cannot be replayed"):
@@ -222,6 +223,150 @@ def test_after_a_recording_that_failed_memory_and_generators_are_as_ever(monkeyp
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before + 2**26
+
+
+def pools():
+    """Of graphs, that memory is held for."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {tuple(segment["segment_pool_id"]) for segment in torch.cuda.memory_snapshot()} - {(0, 0)}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("what", ["predictions", "python", "capture"])
+def test_an_error_while_a_step_is_recorded_leaves_the_allocator_whole(what, beside):
+    class Fails(Digits):
+        def train_step(self, batch):
+            step = super().train_step(batch)
+            if beside and len(batch[0]) == 64:  # another is recorded of the last batch of an epoch, which is smaller
+                return step
+            if what == "predictions":
+                step.predictions = torch.distributions.Categorical(logits=step.predictions, validate_args=False)
+            elif torch.cuda.is_current_stream_capturing():
+                if what == "python":
+                    raise ValueError("not while it is recorded")
+                step.loss.item()
+            return step
+
+    told = {"predictions": "the step gives Categorical", "python": "not while it is recorded", "capture": "capturing"}[what]
+    before = pools()
+    watched = {"callbacks": [ax.EarlyStopping("train/loss", patience=99)]}  # else nobody asks for predictions
+    with pytest.warns(ax.AxonWarning, match=f"cannot be replayed from a CUDA graph.*{told}"):
+        failed = fitted(True, OPTIMIZERS["adamw"](), Fails, **watched, steps=600)
+    torch.cuda.empty_cache()
+    assert (failed.report().recorded, failed.report().replayed > 0) == (beside, beside)
+    assert same(states(fitted(False, OPTIMIZERS["adamw"](), Fails, **watched, steps=600)), states(failed))
+    after = fitted(True, OPTIMIZERS["adamw"](), steps=200)
+    assert after.report().replayed > 100
+    torch.cuda.empty_cache()
+    assert same(states(fitted(False, OPTIMIZERS["adamw"](), steps=200)), states(after))
+    del failed, after
+    assert pools() <= before
+
+
+class Wide(ax.Objective):
+    """Products with sums so long that cuBLAS splits them, and puts the parts in memory of the stream's."""
+
+    def __init__(self):
+        super().__init__()
+        hidden = nn.Linear(64, 16384), nn.ReLU(), nn.Linear(16384, 64), nn.ReLU()
+        self.net = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10))
+
+    def predict(self, images):
+        return self.net(images)
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits, labels)
+
+
+def by_hand(graph):
+    torch.manual_seed(0)
+    return ax.Loop(Wide(), ax.Optimizer("adamw", lr=1e-3), graph=graph, progress=False)
+
+
+def several(loop, batch, steps):
+    for _ in range(steps):
+        loop.train_on_batch(batch)
+
+
+def overwrite():
+    """All memory that is not in use."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    junk = [torch.full((2**24,), float("nan"), device="cuda") for _ in range(8)]
+    torch.cuda.synchronize()
+    del junk
+
+
+@pytest.mark.parametrize("ends", ["garbage", "a fit", "a failure", "Ctrl-C"])
+def test_a_loop_goes_on_where_another_ends(ends):
+    train = ax.data.digits()[0].to("cuda")
+    batch, due = train[:64], []
+
+    class Fails(Wide):
+        def loss(self, logits, labels):
+            if due and torch.cuda.is_current_stream_capturing():
+                raise due.pop()
+            return super().loss(logits, labels)
+
+    seen = []
+    for graph in (False, True):
+        loop, other = by_hand(graph), by_hand(graph)
+        for number in range(40):
+            loop.train_on_batch(batch)
+            other.train_on_batch(batch)
+            if number % 10 == 9:
+                torch.cuda.empty_cache()
+        assert same(states(loop), states(other))
+        if ends == "a fit":
+            other.fit(train, steps=100, batch_size=64)
+            assert not graph or other.report().replayed > 50
+        elif ends in ("a failure", "Ctrl-C") and graph:
+            torch.manual_seed(0)
+            other = ax.Loop(Fails(), ax.Optimizer("adamw", lr=1e-3), graph=True, progress=False)
+            due.append(ValueError("now") if ends == "a failure" else KeyboardInterrupt("now"))
+            with pytest.warns(ax.AxonWarning, match="now") if ends == "a failure" else pytest.raises(KeyboardInterrupt):
+                several(other, batch, 40)
+            assert not due
+        else:
+            del other
+            gc.collect()
+        for _ in range(4):
+            overwrite()
+            several(loop, batch, 10)
+        assert not graph or loop.report().replayed > 60
+        seen.append(loop)
+    assert same(states(seen[0]), states(seen[1]))
+
+
+def test_ctrl_c_while_a_step_is_recorded_leaves_other_recordings():
+    train, due, steps, seen = ax.data.digits()[0].to("cuda"), [], 0, []
+
+    class Interrupted(Wide):
+        def loss(self, logits, labels):
+            if due and torch.cuda.is_current_stream_capturing():
+                raise due.pop()
+            return super().loss(logits, labels)
+
+    for graph in (True, False):
+        torch.manual_seed(0)
+        loop = ax.Loop(Interrupted(), ax.Optimizer("adamw", lr=1e-3), graph=graph, progress=False)
+        several(loop, train[:64], 20)
+        if graph:
+            due.append(KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                several(loop, train[:32], 20)
+            steps, replayed = loop.state.step - 20, loop.report().replayed
+        else:
+            several(loop, train[:32], steps)
+        for _ in range(20):
+            overwrite()
+            loop.train_on_batch(train[:64])
+            loop.train_on_batch(train[:32])
+        assert not graph or loop.report().replayed > replayed + 30
+        seen.append(loop)
+    assert same(states(seen[0]), states(seen[1]))
 
 
 class Recurrent(Digits):
@@ -309,11 +454,13 @@ def test_memory_is_given_back():
     torch.cuda.empty_cache()
     for graph in (False, True):  # what libraries keep for each stream is there then
         fitted(graph, OPTIMIZERS["adam"](), steps=50)
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     for _ in range(3):
         fitted(True, OPTIMIZERS["adam"](), steps=50)
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() <= before + 2**23
@@ -337,6 +484,7 @@ def test_compiled_parts_are_replayed():
 
 def test_a_process_group_of_nccl_ends_after_replays(tmp_path):
     script = textwrap.dedent("""
+        import gc
         import torch, torch.distributed as dist
         import axontrain as ax
 
@@ -357,6 +505,7 @@ def test_a_process_group_of_nccl_ends_after_replays(tmp_path):
         for _ in range(8):
             loop.train_on_batch((torch.rand(64, 64, device="cuda"), torch.zeros(64, dtype=torch.long, device="cuda")))
         del loop
+        gc.collect()  # its recordings are given back with it
         dist.destroy_process_group()
         print("ended")
     """).format(path=tmp_path / "rendezvous")
