@@ -41,7 +41,9 @@ class _Recording(TorchDispatchMode):
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)]
         fresh = [leaf.untyped_storage().data_ptr() not in places for leaf in results]
         self.made |= {leaf.untyped_storage().data_ptr() for leaf in results}
-        self.operations.append((func, args, kwargs, results, fresh, torch.is_grad_enabled()))
+        # As they are now: what is made of them in place, as another shape, comes later.
+        noted = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs, results))
+        self.operations.append((func, *noted, fresh, torch.is_grad_enabled()))
         return result
 
 
@@ -60,7 +62,7 @@ class Recording:
                 now = [leaf for leaf in tree_flatten(func(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
             for before, after, is_fresh in zip(results, now, fresh, strict=True):
                 if is_fresh:
-                    before.detach().copy_(after.detach())
+                    before.copy_(after.detach())
 
     def close(self):
         self.operations = None
@@ -113,12 +115,8 @@ class Recorder:
                 storage.copy_(before)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
-        detached = [
-            (func, *tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, kwargs)), *rest)
-            for func, args, kwargs, *rest in mode.operations
-        ]
         assert not self.generation or any(one.operations is not None for one in self.generation), "all of them were closed"
-        self.generation.append(Recording(detached))
+        self.generation.append(Recording(mode.operations))
         return self.generation[-1], given
 
 

@@ -91,7 +91,7 @@ class StepGraph:
     def _on_device(self) -> Iterator[None]:
         """For the block, updates of the runner are what the device does of them, and all buffers are copied."""
         run, buffers = self.run, self.run.buffers
-        methods = [self._update_of(update) for update in self.updates]
+        methods, flags = [self._update_of(update) for update in self.updates], [update.not_finite for update in self.updates]
         run.buffers = BufferGuard.of(run.objective)
         before = run.updates if isinstance(run, OneLoss) else None
         if isinstance(run, OneLoss):
@@ -104,8 +104,9 @@ class StepGraph:
             run.buffers = buffers
             if before is not None:
                 run.updates = before  # type: ignore[union-attr]  # of one loss
-            for update in self.updates:
+            for update, flag in zip(self.updates, flags, strict=True):
                 del update.update
+                update.not_finite = flag  # not one in the memory of a recording
 
     def _update_of(self, update: Update) -> Any:
         def on_device(loss: Tensor, terms: Mapping[str, Any]) -> Tensor:

@@ -1780,6 +1780,20 @@ def test_a_callback_that_keeps_steps_from_being_replayed_is_named():
         fitted(True, epochs=1, callbacks=[Norms()])
 
 
+def test_a_recurrent_network():
+    class Recurrent(Plain):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.net = nn.GRU(2, 4, batch_first=True), nn.Linear(4, 3)
+
+        def predict(self, x):
+            return self.net(self.rnn(x.view(len(x), 4, 2))[0][:, -1])
+
+    plain, replayed = (fitted(graph, objective=Recurrent) for graph in (False, True))
+    assert replayed.report().replayed > 30
+    assert same(states(plain), states(replayed))
+
+
 def test_an_optimizer_whose_parameters_are_all_frozen_for_now():
     class Two(Plain):
         def __init__(self):
