@@ -1,7 +1,7 @@
-"""graph=: what a module holds, and what its functions look up elsewhere, is looked at before a replay, and put back after trials.
+"""graph=: what a module holds and what its functions look up elsewhere is looked at before replays, and put back after trials.
 
-A run with graph=True is the same as without, or it is not replayed, for which one warning gives the reason. By the stand-in that
-records on the CPU (tests/recorded.py).
+A run with graph=True is the same as without, or it is not replayed, for which one warning gives the reason. By the stand-in
+that records on the CPU (tests/recorded.py).
 """
 
 import array
