@@ -24,7 +24,7 @@ BEGIN = ("train_step", "predict", "loss", "split", "weight", "forward", "backwar
 MAKING = frozenset({"__new__", "__init__", "__post_init__"})
 ASIDE = frozenset({
     "__init_subclass__", "__class_getitem__", "__set_name__", "__del__", "__repr__", "__str__", "__sizeof__", "__dir__",
-    "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__",
+    "__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__", "__annotate__",
 })  # fmt: skip
 # What Python's own instructions do, of several versions of it.
 LOOKS = {

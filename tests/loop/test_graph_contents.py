@@ -210,7 +210,7 @@ class Loaded(Net):
 def test_more_than_can_be_looked_at_each_time():
     report = both(Loaded, f"there are more than {ALL} things, all of which would be looked at before each replay")
     assert "of table of Loaded" in report.not_replayed
-    assert len(Contents(Loaded()).places) < 2 * ALL  # as it goes no further
+    assert sum(len(place.keys) for place in Contents(Loaded()).places) < 2 * ALL  # it goes no further, of a million
 
 
 # What is in containers
