@@ -1,30 +1,39 @@
 """Assumptions: what a recorded step takes for given, since Python does not run in it again: looked at before each replay.
 
-It is what the module, its parts and the objects in them hold: numbers and texts by what they are; what is no tensor and no
-container by which object it is; tensors by that, by where they lie, and by shape. What Python looks up elsewhere,
-as in global variables or in a class, is not seen; nor is what more than 256 things in one container are, or what lies deeper
-than eight of them in one another. What there is of the optimizers is in :mod:`axontrain.execution.options`.
+It is what the module, its parts and the objects in them hold, and what their functions look up elsewhere: global variables,
+closures, default arguments, attributes of classes (:mod:`axontrain.execution.lookups`). Numbers and texts are looked at by
+what they are and by their type; what is no tensor and no container, by which object it is; tensors by that, by where they lie,
+and by shape. What there is of the optimizers is in :mod:`axontrain.execution.options`.
+
+Not seen are clocks; files, and what is logged; what installed libraries keep to themselves; NumPy arrays of more than 64 KB;
+what is plain in a container of more than 256 things, except how many there are; what lies deeper than eight containers in one
+another; and methods whose names are made up while they are looked up.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import deque
-from collections.abc import Iterator
-from operator import is_, itemgetter
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_modules
 
-from axontrain.execution.contents import HOOKS, MOST, PARTS, PLAIN, Contents, drawn_to
+from axontrain.execution.contents import HOOKS, PLAIN, Contents, Place
+from axontrain.execution.generators import drawn_to
+from axontrain.execution.views import OfClass, Slots, held, refill
 from axontrain.guard import is_dense
 
 OF_EVERY = (
     of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks,
     of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks,
 )  # fmt: skip
-KEPT = (dict, list, set, deque)  # containers whose content is another although they are the same
+SHAPE = attrgetter("shape", "requires_grad")
 
 
 class Assumptions:
@@ -41,18 +50,19 @@ class Assumptions:
 
     def __init__(self, module: nn.Module) -> None:
         found = self.contents = Contents(module)
-        self._named = [one for one in found.places if one[2]]
-        self._places = [place for _, place, _ in found.places]
-        self._sizes = [*map(len, self._places)]
-        # Of one key alone an itemgetter gives no tuple, and a tuple is compared by what its items are.
-        self._looks = [(itemgetter(*(keys * 2 if len(keys) == 1 else keys)), place) for _, place, keys in self._named]
-        self._objects = [look(place) for look, place in self._looks]
-        self._expected = [tuple(map(_own, values)) for values in self._objects]
-        self._content = [(place, place.copy()) for place in self._places if type(place) in KEPT]
+        self._named = [(place.what, place.where, len(place.where)) for place in found.places if place.whole]
+        self._sized = [where for _, where, size in self._named if size]
+        self._sizes = [*map(len, self._sized)]
+        self._empty = [where for _, where, size in self._named if not size]
+        self._looks = [_look(place) for place in found.places if place.keys]
+        self._values = [*chain(*[look() for look in self._looks])]
+        # To be put back; what of a place is not all that it holds is put back key by key.
+        self._before = [(place, held(place.where) if place.whole else None, _values(place)) for place in found.places]
+        self._sets = [(one, set(one)) for _, one in found.sets]
+        self._arrays = [(array, _bytes(array), copy.copy(array)) for _, array in found.arrays]
         self._tensors = [tensor for *_, tensor in found.tensors]
         self._lying = [one for one in self._tensors if one.layout is torch.strided]  # others lie in several places
         self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        self._arrays = [array.tobytes() for _, array in found.arrays]
         self._drawn = [(one, drawn_to(one)) for one in found.generators]
         device = next((p.device for p in module.parameters()), None)
         self._apart = device is not None and device.type != "cpu"  # from the host
@@ -65,14 +75,19 @@ class Assumptions:
                 return False
         try:
             return (
-                [*map(len, self._places)] == self._sizes
-                and [look(place) for look, place in self._looks] == self._expected
-                and all(map(is_, [place[key] for _, place, key, _ in self.contents.tensors], self._tensors))
+                [*map(len, self._sized)] == self._sizes
+                and not any(self._empty)
+                # The same objects, as a rule: what lies in them is looked at by itself, and what is plain does not change.
+                and (all(map(is_, chain(*[look() for look in self._looks]), self._values)) or self._alike())
                 and self._now() == self._where
-                and (not self._arrays or [array.tobytes() for _, array in self.contents.arrays] == self._arrays)
+                and (not self._sets or all(one == before for one, before in self._sets))
+                and (not self._arrays or all(_bytes(array) == before for array, before, _ in self._arrays))
             )
         except Exception:  # one is gone; or what is compared is the user's, or a tensor, which has no one answer
             return False
+
+    def _alike(self) -> bool:
+        return all(map(alike, chain(*[look() for look in self._looks]), self._values))
 
     def broken(self) -> str:
         """What of it is another now, in words; "" if nothing is, or it has no name."""
@@ -81,29 +96,31 @@ class Assumptions:
     def _differences(self) -> Iterator[str]:
         if any(OF_EVERY):
             yield "there are hooks on every module"
-        for (what, place, keys), expected in zip(self._named, self._expected, strict=True):
-            for key, before in zip(keys, expected, strict=False):
-                if not _has(place, key):
+        for (what, where, keys, _), _, values in self._before:
+            for key, before in zip(keys, values, strict=True):
+                if not _has(where, key):
                     yield f"{key} of {what} is gone"
-                elif not _same(place[key], before):
-                    if key in PARTS:
-                        yield f"the {'parts' if key == '_modules' else 'hooks'} of {what} are others"
-                    yield f"{key} of {what} was {shown(before)}, and is {shown(place[key])}"
-        for (what, place, _), size in zip(self.contents.places, self._sizes, strict=True):
-            if len(place) != size:
-                yield f"{what} holds {len(place)} things, and held {size}"
-        where = {id(one): lies for one, lies in zip(self._lying, self._where, strict=False)}
-        for what, place, key, before in self.contents.tensors:
-            if not _has(place, key):
-                yield f"{key} of {what} is gone"
-            elif place[key] is not before:
-                yield f"{key} of {what} was given another tensor"
-            elif id(before) in where and _lies(before) != where[id(before)]:
+                elif isinstance(before, Tensor):
+                    if where[key] is not before:
+                        yield f"{key} of {what} was given another tensor"
+                elif not _same(where[key], before):
+                    yield f"{key} of {what} was {shown(before)}, and is {shown(where[key])}"
+        for what, where, size in self._named:
+            if len(where) != size:
+                of_part = what.startswith("the ")
+                yield f"{what} are others" if of_part else f"{what} holds {len(where)} things, and held {size}"
+        for (name, one), (_, before) in zip(self.contents.sets, self._sets, strict=True):
+            if one != before:
+                yield f"{name} was {shown(before)}, and is {shown(one)}"
+        now, size = self._now(), len(self._lying)
+        moved = {id(self._lying[n % size]) for n in range(3 * size) if now[n] != self._where[n]}
+        for what, _, key, before in self.contents.tensors:
+            if id(before) in moved:
                 yield f"{key} of {what} lies elsewhere, has another shape, or is trained or frozen otherwise"
-        for (name, array), before in zip(self.contents.arrays, self._arrays, strict=True):
-            if array.tobytes() != before:
+        for (name, array), (_, before, _) in zip(self.contents.arrays, self._arrays, strict=True):
+            if _bytes(array) != before:
                 yield f"{name} is another array"
-        if self._now() != self._where:
+        if now != self._where:
             yield "a tensor on the host is another"
 
     def drawn(self) -> list[Any]:
@@ -116,32 +133,34 @@ class Assumptions:
 
     def kept(self) -> dict[str, Tensor]:
         """The tensors that are neither parameters nor buffers, by name, of those that can be written to."""
-        others = [one for one in self.contents.tensors if id(one[-1]) not in self._known and is_dense(one[-1])]
-        return {f"the tensor of {key} of {what}": tensor for what, _, key, tensor in others}
+        others: dict[int, tuple[str, Tensor]] = {}
+        for what, _, key, tensor in self.contents.tensors:
+            if id(tensor) not in self._known and is_dense(tensor):
+                others.setdefault(id(tensor), (f"the tensor of {key} of {what}", tensor))
+        named: dict[str, Tensor] = {}
+        for name, tensor in others.values():
+            named[f"{name} ({len(named)})" if name in named else name] = tensor  # as of two functions of one name
+        return named
 
     def put_back(self) -> None:
         """Make it again what it was, by the same objects; tensors aside that were written to."""
-        for place, content in self._content:
-            if isinstance(place, (list, deque)):
-                if len(place) != len(content) or not all(map(is_, place, content)):
-                    place.clear()
-                    place.extend(content)
-            elif len(place) != len(content) or not all(key in place and _is(place, key, content) for key in content):
-                place.clear()
-                place.update(content)
-        for (_, place, keys), objects in zip(self._named, self._objects, strict=True):
-            for key, before in zip(keys, objects, strict=False):
-                if not isinstance(place, tuple) and key not in PARTS and not (_has(place, key) and place[key] is before):
-                    place[key] = before
-        for _, place, key, tensor in self.contents.tensors:
-            if not isinstance(place, tuple) and not (_has(place, key) and place[key] is tensor):
-                place[key] = tensor
-        for (_, array), before in zip(self.contents.arrays, self._arrays, strict=True):
-            if array.tobytes() != before:
-                array[...] = type(array)(array.shape, array.dtype, before)
+        for (_, where, keys, _), content, values in self._before:
+            if content is not None:
+                refill(where, content)
+            elif not isinstance(where, tuple):
+                for key, before in zip(keys, values, strict=True):
+                    if not (_has(where, key) and where[key] is before):
+                        where[key] = before
+        for one, members in self._sets:
+            refill(one, [*members])
+        for array, before, content in self._arrays:
+            if _bytes(array) != before:
+                array[... if hasattr(array, "dtype") else slice(None)] = content
 
     def _now(self) -> list[Any]:
-        places: list[Any] = [(one.data_ptr(), one.shape, one.stride(), one.requires_grad) for one in self._lying]
+        """Where tensors lie, as many in turn; and those on the host."""
+        lying = self._lying
+        places: list[Any] = [*map(Tensor.data_ptr, lying), *map(Tensor.stride, lying), *map(SHAPE, lying)]
         if self._apart:  # what is done on the host is not recorded: of its tensors, how often they were changed
             places += [tensor._version for tensor in self._tensors if tensor.device.type == "cpu"]
         return places
@@ -168,12 +187,40 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _own(value: Any) -> Any:
-    return value.copy() if isinstance(value, KEPT) and len(value) <= MOST else value
+def alike(now: Any, before: Any) -> bool:
+    """Whether a value is the same as before, or one that cannot be told from it.
+
+    >>> alike([2, (0.0,)], [2, (0.0,)]), alike(2, 2.0), alike(0.0, -0.0), alike([2], [2.0])
+    (True, False, False, False)
+    """
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, PLAIN):
+        return repr(now) == repr(before)
+    if type(now) is dict:
+        return len(now) == len(before) and all(map(alike, chain(*now.items()), chain(*before.items())))
+    if isinstance(now, tuple) or type(now) in (list, deque):
+        return len(now) == len(before) and all(map(alike, now, before))
+    return type(now) in (set, frozenset) and bool(now == before)
 
 
-def _lies(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.requires_grad
+def _look(place: Place) -> Callable[[], tuple[Any, ...]]:
+    """How all that is looked at in a place is got at once."""
+    # Of one key alone a getter gives no tuple.
+    keys = place.keys * 2 if len(place.keys) == 1 else place.keys
+    if isinstance(place.where, (Slots, OfClass)):
+        return functools.partial(attrgetter(*keys), place.where.owner)
+    return functools.partial(itemgetter(*keys), place.where)
+
+
+def _values(place: Place) -> list[Any]:
+    return [place.where[key] for key in place.keys]
+
+
+def _bytes(array: Any) -> bytes:
+    return bytes(array) if isinstance(array, bytearray) else array.tobytes()
 
 
 def _has(place: Any, key: Any) -> bool:
@@ -184,12 +231,8 @@ def _has(place: Any, key: Any) -> bool:
     return True
 
 
-def _is(place: Any, key: Any, content: Any) -> bool:
-    return not isinstance(place, dict) or place[key] is content[key]
-
-
 def _same(a: Any, b: Any) -> bool:
     try:
-        return a is b or (not isinstance(a, Tensor) and bool(a == b))
+        return alike(a, b)
     except Exception:  # of the user's
         return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from axontrain import randomness
-from axontrain.execution.contents import draw_from, drawn_to
+from axontrain.execution.generators import draw_from, drawn_to
 from axontrain.guard import is_dense
 
 
