@@ -71,9 +71,10 @@ class Loop:
             prediction are not compiled.
         graph: True has steps recorded in CUDA graphs and replayed: their kernels are started together, where Python takes
             longer to start them one by one than they take, and the result is the same, bit for bit. A step is recorded after
-            the first few of its shapes, held against two that are not, and done as before where something has changed (a
-            shape, an attribute of the objective, an option of the optimizer); what Python does in a step, as to print or to
-            look up a global variable, it does not do in a replay. A fit without metrics of training and without callbacks
+            the first few of its shapes, held against two that are not, and done as before where something has changed: a
+            shape, an option of the optimizer, an attribute of the objective, a global variable, closure or class attribute
+            that its code names. What Python does beside that, as to print or to look at a clock, it does not do in a replay
+            (see :mod:`axontrain.execution.assumptions`). A fit without metrics of training and without callbacks
             leaves no predictions in ``state.last``. It takes the memory of the batch, and of what a step computes, once more.
             "auto" times both ways and keeps the one that takes less. :meth:`report` says what came of it.
         progress: show a bar, or lines where no bar can be.
