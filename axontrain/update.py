@@ -265,7 +265,7 @@ class Update:
         Raises:
             NonFiniteError: naming the step and, where they are there, the gradients.
         """
-        if flag.item() and not (self.scaled and math.isfinite(loss.item())):
+        if flag.item() and not (self.scaled and math.isfinite(loss.item())):  # on_nonfinite="raise" looks at each step
             raise self._error(loss, terms)
 
     def look(self, loss: Tensor, terms: Mapping[str, Any]) -> None:
