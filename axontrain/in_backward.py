@@ -42,6 +42,12 @@ class UpdateInBackward(Update):
         self._bad_loss, self._bad = torch.zeros(()), torch.zeros(())
         self._one_at_a_time = threading.Lock()  # backward has a thread for each device
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_one_at_a_time": None}  # no lock can be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _one_at_a_time=threading.Lock())
+
     def begin(self, loss: Tensor) -> None:
         """Before the backward pass of a loss: from now on gradients are used as they come.
 

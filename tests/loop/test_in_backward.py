@@ -1,5 +1,6 @@
 """Updates within backward, which free each gradient as soon as it is used."""
 
+import copy
 import math
 
 import pytest
@@ -370,3 +371,17 @@ def test_an_algorithm_that_counts_in_its_groups_is_refused():
         ax.ConfigurationError, match="Counting counts its steps, or keeps tensors, for all its parameters together"
     ):
         loop.fit(batches(2), epochs=1)
+
+
+def test_a_copy_of_a_loop_goes_on_by_itself():
+    loop = loop_of(net(), ax.Optimizer("adamw", lr=0.1, in_backward=True))
+    for batch in batches(3):
+        loop.train_on_batch(batch)
+    copied = copy.deepcopy(loop)
+    before = copy.deepcopy(learnt(loop))
+    for batch in batches(3, seed=2):
+        copied.train_on_batch(batch)
+    close(learnt(loop), before)
+    for batch in batches(3, seed=2):
+        loop.train_on_batch(batch)
+    close(learnt(copied), learnt(loop))
