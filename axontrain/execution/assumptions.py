@@ -6,27 +6,31 @@ what they are and by their type; what is no tensor and no container, by which ob
 and by shape. What there is of the optimizers is in :mod:`axontrain.execution.options`.
 
 Not seen are clocks; files, and what is logged; what installed libraries keep to themselves; NumPy arrays of more than 64 KB;
-what is plain in a container of more than 256 things, except how many there are; what lies deeper than eight containers in one
-another; and methods whose names are made up while they are looked up.
+of a container of more than 256 things, what is plain and in which order they are, except how many there are; what lies deeper
+than eight containers in one another; and methods whose names are made up while they are looked up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as of_modules
 
-from axontrain.execution.contents import HOOKS, PLAIN, Contents, Place
+from axontrain.execution.arrays import content_of, put_into
+from axontrain.execution.contents import HOOKS, MOST, PLAIN, Contents, Place
 from axontrain.execution.generators import drawn_to
-from axontrain.execution.views import OfClass, Slots, held, refill
+from axontrain.execution.refilling import refill
+from axontrain.execution.views import MISSING, held, looking, peek
+from axontrain.execution.wording import called
+from axontrain.execution.wording import shown as shown
 from axontrain.guard import is_dense
 
 OF_EVERY = (
@@ -54,12 +58,15 @@ class Assumptions:
         self._sized = [where for _, where, size in self._named if size]
         self._sizes = [*map(len, self._sized)]
         self._empty = [where for _, where, size in self._named if not size]
-        self._looks = [_look(place) for place in found.places if place.keys]
+        self._keyed = [(one.what, one.where) for one in found.places if one.ordered and 1 < len(one.where) <= MOST]
+        self._ordered = [where for _, where in self._keyed]
+        self._orders = [*map(list, self._ordered)]
+        self._looks = [looking(place.where, place.keys) for place in found.places if place.keys]
         self._values = [*chain(*[look() for look in self._looks])]
         # To be put back; what of a place is not all that it holds is put back key by key.
         self._before = [(place, held(place.where) if place.whole else None, _values(place)) for place in found.places]
         self._sets = [(one, set(one)) for _, one in found.sets]
-        self._arrays = [(array, _bytes(array), copy.copy(array)) for _, array in found.arrays]
+        self._arrays = [(array, content_of(array), copy.copy(array)) for _, array in found.arrays]
         self._tensors = [tensor for *_, tensor in found.tensors]
         self._lying = [one for one in self._tensors if one.layout is torch.strided]  # others lie in several places
         self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -77,11 +84,12 @@ class Assumptions:
             return (
                 [*map(len, self._sized)] == self._sizes
                 and not any(self._empty)
+                and [*map(list, self._ordered)] == self._orders
                 # The same objects, as a rule: what lies in them is looked at by itself, and what is plain does not change.
                 and (all(map(is_, chain(*[look() for look in self._looks]), self._values)) or self._alike())
                 and self._now() == self._where
                 and (not self._sets or all(one == before for one, before in self._sets))
-                and (not self._arrays or all(_bytes(array) == before for array, before, _ in self._arrays))
+                and (not self._arrays or all(content_of(array) == before for array, before, _ in self._arrays))
             )
         except Exception:  # one is gone; or what is compared is the user's, or a tensor, which has no one answer
             return False
@@ -96,19 +104,17 @@ class Assumptions:
     def _differences(self) -> Iterator[str]:
         if any(OF_EVERY):
             yield "there are hooks on every module"
-        for (what, where, keys, _), _, values in self._before:
-            for key, before in zip(keys, values, strict=True):
-                if not _has(where, key):
-                    yield f"{key} of {what} is gone"
-                elif isinstance(before, Tensor):
-                    if where[key] is not before:
-                        yield f"{key} of {what} was given another tensor"
-                elif not _same(where[key], before):
-                    yield f"{key} of {what} was {shown(before)}, and is {shown(where[key])}"
+        for place, _, values in self._before:
+            for key, before in zip(place.keys, values, strict=True):
+                if why := _difference(peek(place.where, key), before):
+                    yield f"{called(key)} of {place.what} {why}"
         for what, where, size in self._named:
             if len(where) != size:
                 of_part = what.startswith("the ")
                 yield f"{what} are others" if of_part else f"{what} holds {len(where)} things, and held {size}"
+        for (what, where), before in zip(self._keyed, self._orders, strict=True):
+            if [*where] != before:
+                yield f"{what} are in another order" if what.startswith("the ") else f"{what} has another order"
         for (name, one), (_, before) in zip(self.contents.sets, self._sets, strict=True):
             if one != before:
                 yield f"{name} was {shown(before)}, and is {shown(one)}"
@@ -116,9 +122,9 @@ class Assumptions:
         moved = {id(self._lying[n % size]) for n in range(3 * size) if now[n] != self._where[n]}
         for what, _, key, before in self.contents.tensors:
             if id(before) in moved:
-                yield f"{key} of {what} lies elsewhere, has another shape, or is trained or frozen otherwise"
+                yield f"{called(key)} of {what} lies elsewhere, has another shape, or is trained or frozen otherwise"
         for (name, array), (_, before, _) in zip(self.contents.arrays, self._arrays, strict=True):
-            if _bytes(array) != before:
+            if content_of(array) != before:
                 yield f"{name} is another array"
         if now != self._where:
             yield "a tensor on the host is another"
@@ -136,26 +142,29 @@ class Assumptions:
         others: dict[int, tuple[str, Tensor]] = {}
         for what, _, key, tensor in self.contents.tensors:
             if id(tensor) not in self._known and is_dense(tensor):
-                others.setdefault(id(tensor), (f"the tensor of {key} of {what}", tensor))
+                others.setdefault(id(tensor), (f"the tensor of {called(key)} of {what}", tensor))
         named: dict[str, Tensor] = {}
         for name, tensor in others.values():
             named[f"{name} ({len(named)})" if name in named else name] = tensor  # as of two functions of one name
         return named
 
     def put_back(self) -> None:
-        """Make it again what it was, by the same objects; tensors aside that were written to."""
-        for (_, where, keys, _), content, values in self._before:
-            if content is not None:
-                refill(where, content)
-            elif not isinstance(where, tuple):
-                for key, before in zip(keys, values, strict=True):
-                    if not (_has(where, key) and where[key] is before):
-                        where[key] = before
-        for one, members in self._sets:
-            refill(one, [*members])
-        for array, before, content in self._arrays:
-            if _bytes(array) != before:
-                array[... if hasattr(array, "dtype") else slice(None)] = content
+        """Make it again what it was, by the same objects; tensors aside that were written to.
+
+        Raises:
+            Exception: of what cannot be put back, once all else is.
+        """
+        with contextlib.ExitStack() as every:  # none of them, nor Ctrl-C, keeps the others from it
+            for place, content, values in self._before:
+                if content is not None:
+                    every.callback(refill, place.where, content)
+                elif place.changes:
+                    for key, before in zip(place.keys, values, strict=True):
+                        every.callback(_put, place.where, key, before)
+            for one, members in self._sets:
+                every.callback(refill, one, [*members])
+            for array, before, copied in self._arrays:
+                every.callback(put_into, array, before, copied)
 
     def _now(self) -> list[Any]:
         """Where tensors lie, as many in turn; and those on the host."""
@@ -181,12 +190,6 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN) or (isinstance(value, (list, tuple)) and all(map(is_plain, value)))
 
 
-def shown(value: Any) -> str:
-    """A value in few words."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def alike(now: Any, before: Any) -> bool:
     """Whether a value is the same as before, or one that cannot be told from it.
 
@@ -206,29 +209,25 @@ def alike(now: Any, before: Any) -> bool:
     return type(now) in (set, frozenset) and bool(now == before)
 
 
-def _look(place: Place) -> Callable[[], tuple[Any, ...]]:
-    """How all that is looked at in a place is got at once."""
-    # Of one key alone a getter gives no tuple.
-    keys = place.keys * 2 if len(place.keys) == 1 else place.keys
-    if isinstance(place.where, (Slots, OfClass)):
-        return functools.partial(attrgetter(*keys), place.where.owner)
-    return functools.partial(itemgetter(*keys), place.where)
-
-
 def _values(place: Place) -> list[Any]:
     return [place.where[key] for key in place.keys]
 
 
-def _bytes(array: Any) -> bytes:
-    return bytes(array) if isinstance(array, bytearray) else array.tobytes()
+def _put(where: Any, key: Any, before: Any) -> None:
+    if peek(where, key) is not before:
+        where[key] = before
 
 
-def _has(place: Any, key: Any) -> bool:
-    try:
-        place[key]
-    except (LookupError, AttributeError):
-        return False
-    return True
+def _difference(now: Any, before: Any) -> str:
+    """How a value is another than before, in words; "" if it cannot be told from it."""
+    if now is MISSING:
+        return "is gone"
+    if isinstance(before, Tensor):
+        return "" if now is before else "was given another tensor"
+    if _same(now, before):
+        return ""
+    was, is_now = shown(before), shown(now)
+    return "is another object" if was == is_now else f"was {was}, and is {is_now}"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -6,35 +6,37 @@ back and compared is made of that.
 
 from __future__ import annotations
 
-import array
 import functools
-import io
-import sys
+import inspect
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from axontrain.execution.arrays import is_array, written_through
+from axontrain.execution.caches import is_cached, kept
 from axontrain.execution.generators import is_generator
 from axontrain.execution.lookups import Lookups
-from axontrain.execution.views import Slots
+from axontrain.execution.moving import moving
+from axontrain.execution.views import Bare, Slots, bare, is_a, kind_of
+from axontrain.execution.wording import called
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 DEPTH, MOST = 8, 256  # of objects and containers in one another; things in one, to be looked at though they are plain
 ALL = 2**14  # things beside those of the parts
-SMALL = 2**16  # bytes of an array, to be looked at
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What torch keeps in each module: of that its parts, its hooks and its mode are looked at, and tensors apart.
 TORCHS = frozenset(vars(nn.Module())) - {"training", "_modules", *HOOKS}
 # Of which objects nothing that they hold decides what a step computes: they are what they are.
 OPAQUE = (
     "torch", "axontrain", "numpy", "builtins", "functools", "threading", "logging", "torchmetrics", "typing", "pathlib",
+    "random",
 )  # fmt: skip
-OURS = ("LoopState", "Loop", "Run", "Update", "History")  # which are others in each step
+TORCH_S = ("torch.distributions", "torch.quasirandom")  # of which objects hold what decides
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
 PARTIAL, METHOD = ("func", "args", "keywords"), ("__func__", "__self__")  # what these hold
 
@@ -47,12 +49,20 @@ class Place(NamedTuple):
         where: the mapping or sequence, or a view that looks like one.
         keys: of what is looked at one by one.
         whole: whether nothing else belongs there, so that how many there are counts.
+        ordered: whether the order of keys counts too: not of attributes.
     """
 
     what: str
     where: Any
     keys: list[Any]
     whole: bool = True
+    ordered: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether it can be written to."""
+        where = self.where.of if isinstance(self.where, Bare) else self.where
+        return not is_a(where, (tuple, types.MappingProxyType))
 
 
 class Contents:
@@ -100,12 +110,20 @@ class Contents:
             for where in (part._parameters, part._buffers):
                 self._place(what, where, where.items(), 0, of_part=True)
             for where in (part._modules, *(getattr(part, hooks) for hooks in HOOKS)):
-                called = "parts" if where is part._modules else "hooks"
+                group = "parts" if where is part._modules else "hooks"
                 self._seen.add(id(where))
-                self._place(f"the {called} of {what}", where, where.items(), 0, of_part=True)
+                self._place(f"the {group} of {what}", where, where.items(), 0, ordered=is_a(where, dict), of_part=True)
 
     def _place(
-        self, what: str, where: Any, items: Iterable[tuple[Any, Any]], depth: int, *, whole: bool = True, of_part: bool = False
+        self,
+        what: str,
+        where: Any,
+        items: Iterable[tuple[Any, Any]],
+        depth: int,
+        *,
+        whole: bool = True,
+        ordered: bool = False,
+        of_part: bool = False,
     ) -> None:
         items = [*items] if of_part else [*islice(items, self._left + 1)]
         self._left -= 0 if of_part else len(items)
@@ -113,12 +131,12 @@ class Contents:
             more = f"with {what}, there are more than {ALL} things, all of which would be looked at before each replay"
             self.running = self.running or more
             return
-        self.places.append(Place(what, where, [key for key, _ in items], whole))
+        self.places.append(Place(what, where, [key for key, _ in items], whole, ordered))
         for key, value in items:
-            if isinstance(value, Tensor):
+            if is_a(value, Tensor):
                 self.tensors.append((what, where, key, value))
-            elif depth and not isinstance(value, PLAIN) and (whole or not isinstance(value, types.ModuleType)):
-                self._waiting.append((f"{key} of {what}", value, depth - 1))
+            elif depth and not is_a(value, PLAIN) and (whole or not is_a(value, types.ModuleType)):
+                self._waiting.append((f"{called(key)} of {what}", value, depth - 1))
 
     def _within(self, name: str, value: Any, depth: int) -> None:
         """Look into what is no tensor, and not plain."""
@@ -128,72 +146,75 @@ class Contents:
         if is_generator(value):
             self.generators.append(value)
             return
-        if why := _moving(value):
+        kind = kind_of(value)
+        if why := moving(value):
             self.running = self.running or f"{name} {why}"
-        elif isinstance(value, nn.Module):
+        elif is_a(value, nn.Module):
             self._module(name, value, depth)
-        elif isinstance(value, (type, types.ModuleType)):
-            self._lookups.space(value, made=isinstance(value, type))
-        elif isinstance(value, FUNCTIONS):
-            parts = PARTIAL if isinstance(value, functools.partial) else METHOD
+        elif is_a(value, (type, types.ModuleType)):
+            self._lookups.space(value, made=is_a(value, type))
+        elif is_a(value, FUNCTIONS):
+            parts = PARTIAL if is_a(value, functools.partial) else METHOD
             self._waiting += [(name, getattr(value, part), depth) for part in parts if hasattr(value, part)]
             self._lookups.function(value)
         elif is_array(value):
-            self.arrays.append((name, value))
-        elif isinstance(value, dict):
-            self._place(name, value, _looked_at(value.items(), len(value)), depth)
-        elif isinstance(value, (list, tuple, deque)):
-            self._place(name, value, _looked_at(enumerate(value), len(value)), depth)
-        elif isinstance(value, (set, frozenset)):
-            self.sets += [(name, value)] if isinstance(value, set) else []
-            self._place(name, tuple(value), _looked_at(enumerate(value), len(value)), depth)
-        elif hasattr(value, "__wrapped__"):
-            self._lookups.function(value)
+            self._array(name, value)
+        elif kind in (set, frozenset):
+            self.sets += [(name, value)] if kind is set else []
+            self._container(name, tuple(kind.__iter__(value)), depth)
+        elif kind is not None:
+            self._container(name, bare(value), depth)
+        elif is_cached(value):
+            self._cached(name, value, depth)
+        elif (within := inspect.getattr_static(value, "__wrapped__", None)) is not None:
+            self._waiting.append((name, within, depth))
         if _is_own(value):
             self._attributes(name, value, depth)
 
+    def _container(self, name: str, where: Any, depth: int) -> None:
+        keyed = is_a(where.of if isinstance(where, Bare) else where, dict)
+        items = where.items() if keyed else enumerate(where)
+        # Of many things in a container, those that are plain are left out.
+        some = items if len(where) <= MOST else ((key, value) for key, value in items if not _is_constant(value))
+        self._place(name, where, some, depth, ordered=keyed)
+
+    def _array(self, name: str, value: Any) -> None:
+        """One that is looked at and put back; where it is only a view, that of which it is one."""
+        owner = written_through(value)
+        if owner is None:
+            self.running = self.running or f"{name} is a read-only view of what cannot be put back"
+        elif owner is value or id(owner) not in self._seen:
+            self._seen.add(id(owner))
+            self.arrays.append((name, owner))
+
+    def _cached(self, name: str, function: Any, depth: int) -> None:
+        """What a function remembers: of each call that it knows, but whether it knows more does not count."""
+        by_key, within = kept(function)
+        of_calls = f"what {name} remembers"
+        self._place(of_calls, types.MappingProxyType(by_key), by_key.items(), depth, whole=False)
+        self._place(of_calls, within, enumerate(within), depth)
+        self._waiting.append((name, function.__wrapped__, depth))
+
     def _attributes(self, name: str, value: Any, depth: int) -> None:
         self._lookups.space(type(value))
-        if hasattr(value, "__dict__"):
-            self._place(name, vars(value), vars(value).items(), depth)
+        try:
+            own = object.__getattribute__(value, "__dict__")  # with no method of the user's
+        except AttributeError:
+            own = None
+        if type(own) is dict:
+            self._place(name, own, own.items(), depth)
         if slots := Slots.of(value):
             self._place(name, slots, slots.items(), depth)
 
 
-def _looked_at(items: Iterable[tuple[Any, Any]], size: int) -> Iterable[tuple[Any, Any]]:
-    """Of many things in a container, those that are plain are left out."""
-    return items if size <= MOST else ((key, value) for key, value in items if not isinstance(value, PLAIN))
-
-
-def _moving(value: Any) -> str:
-    """Why nothing that a step does with a value can be done without Python; "" of most."""
-    kind = type(value)
-    if isinstance(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
-        return f"is the {kind.__name__}, whose steps Python counts"
-    if kind.__module__.startswith("axontrain") and kind.__name__ in OURS:
-        return f"is the {kind.__name__}, which is another in each step"
-    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
-        return "is an iterator, which Python moves on"
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        if value.dtype.hasobject:
-            return "is an array of objects, in which there may be anything"
-        if type(value) is not numpy.ndarray and value.nbytes <= SMALL:
-            return f"is an array of another class than NumPy's own, {kind.__name__}"
-    return ""
-
-
-def is_array(value: Any) -> bool:
-    """Whether a value is an array, or bytes, so small that they are looked at."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return bool(value.nbytes <= SMALL)
-    return isinstance(value, (bytearray, array.array)) and len(memoryview(value).cast("B")) <= SMALL
+def _is_constant(value: Any) -> bool:
+    """Whether a value is plain, or a tuple of such."""
+    return is_a(value, PLAIN) or (is_a(value, tuple) and all(map(_is_constant, tuple.__iter__(value))))
 
 
 def _is_own(value: Any) -> bool:
     """Whether what an object holds may decide what a step computes: a config, a schedule; not a function, nor a library's."""
-    if isinstance(value, (nn.Module, type, types.ModuleType, *FUNCTIONS)):
+    if is_a(value, (nn.Module, type, types.ModuleType, *FUNCTIONS)):
         return False
-    home = type(value).__module__
-    return home.partition(".")[0] not in OPAQUE or home.startswith("torch.distributions")
+    home = str(type(value).__module__)
+    return home.partition(".")[0] not in OPAQUE or home.startswith(TORCH_S)

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from axontrain.execution.views import is_a
+
 
 def is_generator(value: Any) -> bool:
-    """Whether a value draws random numbers: of torch's, NumPy's or Python's."""
+    """Whether a value draws random numbers: of torch's, NumPy's or Python's; of the system's there is nothing to put back."""
     numpy = sys.modules.get("numpy")
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
     if numpy is not None:
-        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
-    return isinstance(value, kinds)
+        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState, numpy.random.BitGenerator)
+    return is_a(value, kinds) and not is_a(value, random.SystemRandom)
 
 
 def drawn_to(generator: Any) -> Any:
@@ -24,8 +26,9 @@ def drawn_to(generator: Any) -> Any:
         return generator.get_state().tolist()
     if isinstance(generator, random.Random):
         return generator.getstate()
-    state = generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state(legacy=False)
-    return _listed(state)
+    if hasattr(generator, "get_state"):  # the older one of NumPy's
+        return _listed(generator.get_state(legacy=False))
+    return _listed(getattr(generator, "bit_generator", generator).state)
 
 
 def draw_from(generator: Any, state: Any) -> None:
@@ -34,10 +37,10 @@ def draw_from(generator: Any, state: Any) -> None:
         generator.set_state(torch.tensor(state, dtype=torch.uint8))
     elif isinstance(generator, random.Random):
         generator.setstate(state)
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
-    else:
+    elif hasattr(generator, "set_state"):
         generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state
 
 
 def _listed(state: Any) -> Any:
