@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
-from operator import is_
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from axontrain import randomness
 from axontrain.execution.generators import draw_from, drawn_to
+from axontrain.execution.refilling import refill
 from axontrain.guard import is_dense
 
 
@@ -21,7 +22,7 @@ class Changing:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         # Metrics of torchmetrics within an objective hold what they count in attributes, not in buffers.
-        self.metrics: list[Any] = [part for part in module.modules() if hasattr(part, "metric_state")]
+        self.metrics: list[Any] = [part for part in module.modules() if hasattr(type(part), "metric_state")]
         found = (value for part in module.modules() for value in vars(part).values())
         self.generators = [value for value in found if isinstance(value, torch.Generator)]
 
@@ -83,8 +84,7 @@ class Attributes:
                 elif isinstance(value, list):
                     value[:] = before
                 elif isinstance(value, dict):
-                    value.clear()
-                    value.update(before)
+                    refill(value, [*before.items()])
         for p, before in self._frozen:
             p.copy_(before)
 
@@ -117,22 +117,30 @@ class Before:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Make all of it what it was."""
-        for generator, state in self._drawn:
-            draw_from(generator, state)
-        self._beginning.put_back()
-        self._attributes.put_back()
-        for name, parameter in self._parameters.items():
-            _restore(parameter, self.named[name])
-        for state, known in self._states:
-            for p in [p for p in state if p not in known]:
-                del state[p]
-            for p, of_p in known.items():
-                if state[p].keys() != of_p.keys() or not all(map(is_, state[p].values(), of_p.values())):
-                    state[p].clear()
-                    state[p].update(of_p)
-        for live, before in self._state:
-            _restore(live, before)
+        """Make all of it what it was.
+
+        Raises:
+            Exception: of what cannot be, once all else is.
+        """
+        with contextlib.ExitStack() as every:  # none of them, nor Ctrl-C, keeps the others from it
+            for generator, state in self._drawn:
+                every.callback(draw_from, generator, state)
+            for put_back in (self._beginning.put_back, self._attributes.put_back):
+                every.callback(put_back)
+            for name, parameter in self._parameters.items():
+                every.callback(_restore, parameter, self.named[name])
+            for kept, known in self._states:
+                every.callback(_refill_state, kept, known)
+            for live, before in self._state:
+                every.callback(_restore, live, before)
+
+
+def _refill_state(state: dict[Any, Any], known: dict[Any, dict[str, Any]]) -> None:
+    """Have an optimizer keep what it kept."""
+    for p in [p for p in state if p not in known]:
+        del state[p]
+    for p, of_p in known.items():
+        refill(state[p], [*of_p.items()])
 
 
 def _restore(live: Tensor, before: Tensor) -> None:

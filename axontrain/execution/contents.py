@@ -201,8 +201,9 @@ class Contents:
             own = object.__getattribute__(value, "__dict__")  # with no method of the user's
         except AttributeError:
             own = None
-        if type(own) is dict:
-            self._place(name, own, own.items(), depth)
+        if own is not value and is_a(own, dict):
+            where = bare(own)
+            self._place(name, where, where.items(), depth)
         if slots := Slots.of(value):
             self._place(name, slots, slots.items(), depth)
 

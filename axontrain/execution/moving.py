@@ -13,6 +13,7 @@ from axontrain.execution.arrays import SMALL, is_numpy
 from axontrain.execution.views import is_a
 
 OURS = ("LoopState", "Loop", "Run", "Update", "History")  # which are others in each step
+MOCKS = "unittest.mock"  # in which are all methods there are
 # What other threads and processes use: put back after a trial, it would be taken from under them. By module and name, as
 # none of them is imported for this. Locks alone are in much that is harmless.
 SHARED = {
@@ -42,10 +43,11 @@ def moving(value: Any) -> str:
         return f"is the {kind.__name__}, whose steps Python counts"
     if str(kind.__module__).startswith("axontrain") and kind.__name__ in OURS:
         return f"is the {kind.__name__}, which is another in each step"
-    if any(one.__name__ in SHARED.get(str(one.__module__), ()) for one in kind.__mro__):
+    modules = [str(one.__module__) for one in kind.__mro__]
+    if any(one.__name__ in SHARED.get(module, ()) for one, module in zip(kind.__mro__, modules, strict=True)):
         article = "an" if kind.__name__[0] in "AEIO" else "a"
         return f"is {article} {kind.__name__}, which other threads use"
-    if is_a(value, Iterator) and not is_a(value, io.IOBase) and kind not in weakref.ProxyTypes:
+    if is_a(value, Iterator) and not (is_a(value, io.IOBase) or kind in weakref.ProxyTypes or MOCKS in modules):
         return "is an iterator, which Python moves on"
     if is_numpy(value):
         if value.dtype.hasobject:

@@ -31,19 +31,19 @@ def refill(where: Any, items: list[Any]) -> None:
     kind = kind_of(where)
     if issubclass(kind, dict):
         _refill_dict(kind, where, items)
-    elif kind is set:
+        return
+    now = held(where) or []
+    if len(now) == len(items) and all(map(is_, now, items)):
+        return
+    if kind is set:
         set.update(where, items)
-        set.intersection_update(where, items)
-    else:
-        now = held(where) or []
-        if len(now) == len(items) and all(map(is_, now, items)):
-            return
-        if kind is list:
-            list.__setitem__(where, slice(None), items)
-        elif kind is deque:
-            deque.extend(where, items)  # which drops from the left what there is no room for
-            for _ in range(deque.__len__(where) - len(items)):
-                deque.popleft(where)
+        set.difference_update(where, set(now).difference(items))
+    elif kind is list:
+        list.__setitem__(where, slice(None), items)
+    elif kind is deque:
+        deque.extend(where, items)  # which drops from the left what there is no room for
+        for _ in range(deque.__len__(where) - len(items)):
+            deque.popleft(where)
 
 
 def _refill_slots(where: Slots, items: list[tuple[str, Any]]) -> None:

@@ -5,13 +5,20 @@ that records on the CPU (tests/recorded.py).
 """
 
 import array
+import concurrent.futures
 import functools
 import itertools
+import multiprocessing
+import queue
+import random
 import sys
+import threading
 import types
 import warnings
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from contextvars import ContextVar
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +30,10 @@ from torch import nn
 import axontrain as ax
 from axontrain.execution.assumptions import Assumptions
 from axontrain.execution.contents import ALL, Contents
+from axontrain.execution.generators import draw_from, drawn_to, is_generator
 from axontrain.execution.lookups import Lookups
+from axontrain.execution.refilling import refill
+from axontrain.execution.views import held
 
 pytestmark = pytest.mark.usefixtures("recorder")
 
@@ -812,3 +822,547 @@ def test_tensors_that_are_new():
     assert Contents(module).new_since(before) == ""
     module.kept["second"] = torch.ones(1)
     assert Contents(module).new_since(before) == "second of kept of Identity"
+
+
+# That all of it is put back, by nothing of the user's
+
+
+def holding(**held):
+    """A module, what is given of it, and what it holds."""
+    module = nn.Identity()
+    for name, value in held.items():
+        setattr(module, name, value)
+    return Assumptions(module)
+
+
+def test_one_that_cannot_be_put_back_does_not_keep_the_others_from_it(monkeypatch):
+    first, last, numbers, array = {"a": 1}, {"a": 1}, {1, 2}, np.zeros(2)
+    bad = [1]
+    given = holding(first=first, bad=bad, last=last, numbers=numbers, array=array)
+    first["a"] = last["a"] = bad[0] = 2
+    numbers.clear()
+    array += 1
+
+    def failing(where, items):
+        if where is bad:
+            raise RuntimeError("it is frozen")
+        refill(where, items)
+
+    monkeypatch.setattr("axontrain.execution.assumptions.refill", failing)
+    with pytest.raises(RuntimeError, match="it is frozen"):
+        given.put_back()
+    assert (first, last, numbers, array.tolist(), bad) == ({"a": 1}, {"a": 1}, {1, 2}, [0, 0], [2])
+
+
+HISTORY = np.zeros(64)
+
+
+def test_a_read_only_view_is_put_back_by_what_it_is_of():
+    class Windows(Net):
+        def __init__(self):
+            super().__init__()
+            self.windows = np.lib.stride_tricks.sliding_window_view(HISTORY, 8)
+
+        def loss(self, logits, labels):
+            HISTORY[:-1] = HISTORY[1:]
+            HISTORY[-1] += 1
+            return super().loss(logits, labels) * (1 + 0.001 * self.windows[-1].mean())
+
+    both(Windows, CHANGES + "windows of Windows is another array", begin=lambda: HISTORY.fill(0), see=lambda o: HISTORY.copy())
+
+
+def test_a_read_only_view_of_what_is_not_looked_at_is_left_alone():
+    large = np.zeros(2**14)
+
+    class Part(Net):
+        def __init__(self):
+            super().__init__()
+            self.part = large[:4]
+            self.part.flags.writeable = False
+
+        def loss(self, logits, labels):
+            large[0] += 1
+            return super().loss(logits, labels) * (1 + 0.001 * self.part[0])
+
+    both(
+        Part, "part of Part is a read-only view of what cannot be put back", begin=lambda: large.fill(0), see=lambda o: large[0]
+    )
+
+
+def test_read_only_arrays_that_are_no_views():
+    own = np.arange(3.0)
+    own.flags.writeable = False
+    given = holding(own=own, of_bytes=np.frombuffer(b"abcd", np.uint8))
+    assert given.contents.running == ""
+    own.flags.writeable = True
+    own[0] = 5
+    own.flags.writeable = False
+    assert given.broken() == "own of Identity is another array"
+    given.put_back()
+    assert own[0] == 0
+    assert not own.flags.writeable
+    assert given.hold()
+
+
+class Slotted:
+    __slots__ = ("factor",)
+
+
+class Shadowing(Slotted):
+    @property
+    def factor(self):
+        return 1.5
+
+
+def test_a_slot_under_a_property_of_its_name():
+    class Scales(Net):
+        def __init__(self):
+            super().__init__()
+            self.by = [Shadowing()]
+
+        def loss(self, logits, labels):
+            return super().loss(logits, labels) * self.by[0].factor
+
+    both(Scales)
+    by = Shadowing()
+    slot = vars(Slotted)["factor"]
+    slot.__set__(by, 1.0)
+    given = holding(by=by)
+    slot.__set__(by, 2.0)
+    assert given.broken() == "factor of by of Identity was 1.0, and is 2.0"
+    given.put_back()
+    assert slot.__get__(by) == 1.0
+
+
+class Immutable(type):
+    def __setattr__(cls, name, value):
+        raise TypeError("immutable")
+
+
+class Constants(metaclass=Immutable):
+    calls = 0
+
+
+def test_a_class_that_lets_nothing_be_set():
+    class Counts(Net):
+        def loss(self, logits, labels):
+            type.__setattr__(Constants, "calls", Constants.calls + 1)
+            return super().loss(logits, labels) * (2 if Constants.calls % 10 == 0 else 1)
+
+    told = CHANGES + "calls of the class Constants was 3, and is 4"
+    both(Counts, told, begin=lambda: type.__setattr__(Constants, "calls", 0), see=lambda o: Constants.calls)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (lambda: {"a": 1, "b": 2}, lambda held: held.update(b=3, c=4)),
+        (lambda: {"a": 1, "b": 2}, lambda held: held.update(a=held.pop("a"))),
+        (lambda: OrderedDict(a=1, b=2), lambda held: held.move_to_end("a")),
+        (lambda: [1, 2], lambda held: held.append(3)),
+        (lambda: deque([1, 2]), lambda held: held.append(3)),
+        (lambda: deque([1, 2, 3], maxlen=3), lambda held: held.append(4)),
+        (lambda: deque([1, 2], maxlen=3), lambda held: (held.append(4), held.append(5))),
+        (lambda: {1, 2}, lambda held: (held.add(3), held.remove(1))),
+    ],
+)
+def test_nothing_is_empty_while_it_is_put_back(make, change):
+    where = make()
+    before = held(where)
+    change(where)
+    seen = []
+
+    def look(frame, event, argument):
+        if frame.f_code.co_filename.endswith("refilling.py"):
+            frame.f_trace_opcodes = True
+            seen.append(len(where))
+            return look
+
+    sys.settrace(look)
+    try:
+        refill(where, before)
+    finally:
+        sys.settrace(None)
+    assert held(where) == before
+    assert where == make()
+    assert len(seen) > 10
+    assert min(seen) > 0
+
+
+def test_ctrl_c_while_attributes_are_put_back_leaves_them_there():
+    module = nn.Identity()
+    module.calls = 0
+    given = Assumptions(module)
+    module.calls, module.new = 1, 2
+    names = {*vars(module)}
+
+    def stop(frame, event, argument):
+        if frame.f_code.co_name == "_refill_dict" and frame.f_locals["where"] is vars(module):
+            if event == "line" and module.calls == 0:  # in the middle of it
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return stop
+        return stop if event == "call" else None
+
+    sys.settrace(stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            given.put_back()
+    finally:
+        sys.settrace(None)
+    assert {*vars(module)} == names
+
+
+# What other threads live in
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (queue.Queue, "is a Queue"),
+        (queue.LifoQueue, "is a LifoQueue"),
+        (queue.SimpleQueue, "is a SimpleQueue"),
+        (threading.Thread, "is a Thread"),
+        (threading.Condition, "is a Condition"),
+        (threading.Event, "is an Event"),
+        (threading.BoundedSemaphore, "is a BoundedSemaphore"),
+        (concurrent.futures.Future, "is a Future"),
+        (lambda: concurrent.futures.ThreadPoolExecutor(1), "is a ThreadPoolExecutor"),
+        (multiprocessing.Event, "is an Event"),
+        (multiprocessing.Lock, "is a Lock"),
+    ],
+)
+def test_what_other_threads_use_is_refused_before_the_trial(make, told):
+    class Logs(Net):
+        def __init__(self):
+            super().__init__()
+            self.logger = types.SimpleNamespace(within=[make()])
+
+    assert Contents(Logs()).running == f"0 of within of logger of Logs {told}, which other threads use"
+
+
+def test_a_queue_of_a_thread_loses_nothing():
+    class Logs(Net):
+        def __init__(self):
+            super().__init__()
+            self.log = [queue.Queue()]
+
+        def loss(self, logits, labels):
+            self.log[0].put(len(labels))
+            return super().loss(logits, labels)
+
+    both(Logs, "0 of log of Logs is a Queue, which other threads use", see=lambda o: o.log[0].qsize())
+
+
+def test_a_lock_alone_is_harmless():
+    assert holding(locks=[threading.Lock(), threading.RLock()]).contents.running == ""
+
+
+# That nothing of the user's is called while it is looked
+
+
+class Recent(OrderedDict):
+    def __getitem__(self, key):
+        self.move_to_end(key)
+        return super().__getitem__(key)
+
+
+class Tells(dict):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.reads = Counter()
+
+    def __getitem__(self, key):
+        self.reads[key] += 1
+        return super().__getitem__(key)
+
+    def __missing__(self, key):
+        raise RuntimeError(f"no option {key}")
+
+
+class Numbered(list):
+    def __getitem__(self, key):
+        raise RuntimeError("by number only")
+
+    def __len__(self):
+        raise RuntimeError("not to be counted")
+
+
+def test_a_look_calls_no_method_of_a_container():
+    recent, tells, missing, numbered = Recent(a=1, b=2, c=3), Tells({"a": 1}), defaultdict(list, a=[1]), Numbered([1, 2])
+    given = holding(recent=recent, tells=tells, missing=missing, numbered=numbered)
+    assert given.hold()
+    assert given.broken() == ""
+    assert [*recent] == ["a", "b", "c"]
+    assert not tells.reads
+    del missing["a"]
+    assert not given.hold()
+    assert given.broken() == "a of missing of Identity is gone"
+    assert not missing
+    given.put_back()
+    assert missing == {"a": [1]}
+    list.append(numbered, 3)
+    assert not given.hold()
+    assert given.broken() == "numbered of Identity holds 3 things, and held 2"
+    given.put_back()
+    assert [*list.__iter__(numbered)] == [1, 2]
+    dict.__setitem__(tells, "b", dict.pop(tells, "a"))
+    assert given.broken() == "a of tells of Identity is gone"
+    given.put_back()
+    assert given.hold()
+    assert not tells.reads
+
+
+def test_a_default_dict_that_is_emptied_stays_empty():
+    class Sums(Net):
+        def __init__(self):
+            super().__init__()
+            self.sums = defaultdict(list, weight=[0.5])
+
+        def loss(self, logits, labels):
+            return super().loss(logits, labels) * (self.sums["weight"][0] if "weight" in self.sums else 1.0)
+
+    report = both(Sums, drive=changing(lambda o: o.sums.clear()), see=lambda o: dict(o.sums))
+    assert report.rerecorded == ["weight of sums of Sums is gone"]
+
+
+class Anything:
+    """Which has whatever it is asked for."""
+
+    def __getattr__(self, name):
+        return Anything()
+
+
+class NoKey:
+    def __init__(self):
+        self.options = {"scale": 1.0}
+
+    def __getattr__(self, name):
+        return self.options[name]
+
+
+class Wordless:
+    def __init__(self, value):
+        self.value = value
+
+    def __repr__(self):
+        raise RuntimeError("no words for it")
+
+
+class Lies:
+    __class__ = dict  # as proxies give the class of what they stand for
+
+
+def test_objects_that_answer_anything():
+    alive = NoKey()
+    given = holding(
+        some=[Anything(), NoKey(), weakref.proxy(alive), mock.MagicMock(), mock.Mock(spec=dict), Lies(), Wordless(1)]
+    )
+    assert given.contents.running == ""
+    assert given.hold()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        (Wordless(1), Wordless(1), "held of Identity was <test_graph_contents.Wordless object at "),
+        (types.SimpleNamespace(scale=1.0), types.SimpleNamespace(scale=1.0), "held of Identity is another object"),
+        (1, 2, "held of Identity was 1, and is 2"),
+    ],
+)
+def test_the_reason_of_another_object(before, now, told):
+    module = nn.Identity()
+    module.held = before
+    given = Assumptions(module)
+    module.held = now
+    assert not given.hold()
+    assert given.broken().startswith(told)
+
+
+def test_keys_are_called_in_few_words():
+    key = torch.zeros(2, 3)
+    given = holding(held={key: [1], "k" * 100: [1]})
+    given.contents.places[-2].where[0] = 2
+    assert given.broken() == "0 of a tensor of shape (2, 3) of held of Identity was 1, and is 2"
+    given.put_back()
+    given.contents.places[-1].where[0] = 2
+    assert given.broken() == f"0 of {'k' * 60}... of held of Identity was 1, and is 2"
+
+
+def test_many_tuples_of_what_is_plain_are_plain():
+    samples = [(f"{n}.png", (n % 3, 1.0)) for n in range(ALL)]
+    contents = holding(samples=samples).contents
+    assert contents.running == ""
+    assert not any(place.keys for place in contents.places if place.where is samples)
+
+
+# Orders
+
+
+class Stages(Net):
+    def __init__(self):
+        super().__init__()
+        self.stages = {"a": 1.0, "b": 3.0}
+        self.heads = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+
+    def predict(self, x):
+        logits = super().predict(x) * self.stages[next(iter(self.stages))]
+        for number, head in enumerate(self.heads.values()):
+            logits = logits + (number + 1) * head(logits)
+        return logits
+
+
+def of_a_dict(o):
+    o.stages["a"] = o.stages.pop("a")
+
+
+def of_parts(o):
+    o.heads["a"] = o.heads.pop("a")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (of_a_dict, "stages of Stages has another order"),
+        (of_parts, "the parts of heads (ModuleDict) are in another order"),
+    ],
+)
+def test_the_order_of_keys_counts(change, told):
+    assert both(Stages, drive=changing(change)).rerecorded == [told]
+
+
+# Generators
+
+
+def test_numpy_s_bit_generators():
+    class Bits(Net):
+        def __init__(self):
+            super().__init__()
+            self.bits = [np.random.PCG64(0)]
+
+        def loss(self, logits, labels):
+            return super().loss(logits, labels) * (2.0 if np.random.Generator(self.bits[0]).random() < 0.2 else 1.0)
+
+    told = "a step draws random numbers on the host, from a PCG64 of its own"
+    both(Bits, told, see=lambda o: np.random.Generator(o.bits[0]).random())
+
+
+@pytest.mark.parametrize("kind", [np.random.MT19937, np.random.PCG64, np.random.Philox, np.random.SFC64])
+def test_a_bit_generator_is_put_back(kind):
+    bits = kind(3)
+    state = drawn_to(bits)
+    numbers = np.random.Generator(bits).random(5)
+    assert drawn_to(bits) != state
+    draw_from(bits, state)
+    assert drawn_to(bits) == state
+    assert (np.random.Generator(bits).random(5) == numbers).all()
+
+
+def test_the_system_s_generator_is_none_that_can_be_put_back():
+    assert not is_generator(random.SystemRandom())
+    assert holding(drawn=[random.SystemRandom()]).contents.running == ""
+
+
+def test_a_sobol_engine():
+    class Collocates(Net):
+        def __init__(self):
+            super().__init__()
+            self.points = torch.quasirandom.SobolEngine(8, scramble=True, seed=0)
+
+        def train_step(self, batch):
+            return super().train_step((batch[0] + 0.1 * self.points.draw(16), batch[1]))
+
+    told = CHANGES + "quasi of points of Collocates was given another tensor"
+    both(Collocates, told, see=lambda o: (o.points.num_generated, o.points.draw(4)))
+
+
+# What functions remember
+
+
+@functools.cache
+def kept_center():
+    return torch.zeros(3)
+
+
+@functools.lru_cache(maxsize=4)
+def kept_center_of(size):
+    return torch.zeros(size)
+
+
+@functools.cache
+def kept_generator():
+    return torch.Generator().manual_seed(3)
+
+
+@functools.cache
+def kept_count():
+    return [0]
+
+
+@functools.lru_cache(maxsize=2)
+def kept_counts(first, last):
+    return {"calls": [0]}
+
+
+class CentersByACache(Net):
+    def center(self):
+        return kept_center()
+
+    def loss(self, logits, labels):
+        self.center().mul_(0.9).add_(logits.detach().mean(0), alpha=0.1)
+        return super().loss(logits - self.center(), labels)
+
+
+class CentersByASmallCache(CentersByACache):
+    def center(self):
+        return kept_center_of(3)
+
+
+class DrawsByACache(Net):
+    def predict(self, x):
+        return super().predict(x + 0.1 * torch.randn(x.shape, generator=kept_generator()))
+
+
+class CountsInACache(Net):
+    def count(self):
+        return kept_count()
+
+    def loss(self, logits, labels):
+        self.count()[0] += 1
+        return super().loss(logits, labels) * (2 if self.count()[0] % 10 == 0 else 1)
+
+
+class CountsInASmallCache(CountsInACache):
+    def count(self):
+        return kept_counts("a", last={}.get(1))["calls"]
+
+
+def forget():
+    for one in (kept_center, kept_center_of, kept_generator, kept_count, kept_counts):
+        one.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "see"),
+    [
+        (CentersByACache, "", lambda o: o.center().clone()),
+        (CentersByASmallCache, "", lambda o: o.center().clone()),
+        (DrawsByACache, "", lambda o: kept_generator().get_state()),
+        (
+            CountsInACache,
+            CHANGES + "0 of () of what kept_count of the global variables remembers was 3",
+            lambda o: [*o.count()],
+        ),
+        (CountsInASmallCache, CHANGES + "0 of calls of 1 of what kept_counts of the global variables", lambda o: [*o.count()]),
+    ],
+)
+def test_what_functions_remember(kind, told, see):
+    both(kind, told, begin=forget, see=see)
+
+
+@pytest.mark.parametrize("kind", [CentersByACache, CentersByASmallCache])
+def test_a_function_that_forgets_what_a_step_has_used(kind):
+    report = both(kind, drive=changing(lambda o: forget()), begin=forget, see=lambda o: o.center().clone())
+    assert len(report.rerecorded) == 1
+    assert "of what kept_center" in report.rerecorded[0]
+    assert report.rerecorded[0].endswith(" is gone")
