@@ -7,8 +7,10 @@ back and compared is made of that.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
@@ -164,6 +166,11 @@ class Contents:
             self._container(name, tuple(kind.__iter__(value)), depth)
         elif kind is not None:
             self._container(name, bare(value), depth)
+        elif is_a(value, types.MappingProxyType):
+            if type(gc.get_referents(value)[0]) is dict:
+                self._place(name, value, value.items(), depth)
+        elif is_a(value, weakref.ref):
+            self._waiting.append((name, value(), depth))
         elif is_cached(value):
             self._cached(name, value, depth)
         elif (within := inspect.getattr_static(value, "__wrapped__", None)) is not None:

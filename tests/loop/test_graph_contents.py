@@ -1179,6 +1179,21 @@ def test_the_reason_of_another_object(before, now, told):
     assert given.broken().startswith(told)
 
 
+def test_what_is_behind_a_proxy_and_a_weak_reference():
+    options = NoKey()
+    mapping = {"scale": 1.0}
+    given = holding(proxy=types.MappingProxyType(mapping), refers=weakref.ref(options))
+    mapping["scale"] = 2.0
+    assert not given.hold()
+    assert given.broken() == "scale of proxy of Identity was 1.0, and is 2.0"
+    given.put_back()  # which can write to what is behind only by its own name
+    assert mapping["scale"] == 2.0
+    mapping["scale"] = 1.0
+    assert given.hold()
+    options.options["scale"] = 3.0
+    assert given.broken() == "scale of options of refers of Identity was 1.0, and is 3.0"
+
+
 def test_keys_are_called_in_few_words():
     key = torch.zeros(2, 3)
     given = holding(held={key: [1], "k" * 100: [1]})
