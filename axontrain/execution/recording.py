@@ -214,7 +214,8 @@ class _Generation:
 
 def _over(process: int, device: torch.device, graphs: list[Any], streams: list[Any]) -> None:
     """A generation is: the next may have its stream."""
-    if process != os.getpid():  # one that was forked off, whose end is no end of what is on the device
+    if process != os.getpid():  # one that was forked off has no device, and is not to touch them as it ends
+        _unended.extend(graphs)
         return
     for graph in graphs:
         with contextlib.suppress(Exception):  # an error of the device's, which whoever uses it next is told
@@ -242,7 +243,7 @@ FORGETS = ("2.13.0",)  # releases that do not count out, whether or not they sto
 STREAMS = 32  # of a device that torch has, and gives out in turn
 _free = collections.defaultdict[torch.device, list[Any]](list)  # streams, which torch's libraries keep memory for
 _made = collections.defaultdict[torch.device, list[Any]](list)
-_unended: list[Any] = []  # graphs, which torch's allocator of pinned memory goes on to ask
+_unended: list[Any] = []  # graphs to be kept: torch's allocator of pinned memory goes on to ask them
 
 
 def _taken(device: torch.device) -> Any:
