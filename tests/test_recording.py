@@ -6,6 +6,7 @@ There need not be a GPU: below ``torch.cuda.graph``, which is torch's own, stand
 import collections
 import contextlib
 import gc
+import os
 import types
 import weakref
 
@@ -550,6 +551,37 @@ def test_garbage_is_given_back(cuda):
     gc.collect()
     assert cuda.use_counts() == []
     assert len(recording._free[DEVICE]) == 1
+
+
+def test_the_end_of_a_forked_process_gives_nothing_back(cuda):
+    one = recorded(recording.Recorder(DEVICE), cuda)
+    child = os.fork()
+    if not child:
+        status = 1
+        with contextlib.suppress(BaseException):
+            one.close()
+            status = 0 if cuda.use_counts() == [1] else 2
+        os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    one.close()
+    assert cuda.use_counts() == []
+
+
+def test_a_graph_that_cannot_be_reset_keeps_no_other_from_it(cuda, monkeypatch):
+    recorder = recording.Recorder(DEVICE)
+    several = [recorded(recorder, cuda) for _ in range(3)]
+    graphs = [*recorder._generation.graphs]
+
+    def failing():
+        raise RuntimeError("an error of the device's")
+
+    monkeypatch.setattr(graphs[1], "reset", failing, raising=False)
+    for one in several:
+        one.close()
+    assert cuda.use_counts() == [1]
+    assert len(recording._free[DEVICE]) == 1
+    monkeypatch.undo()
+    graphs[1].reset()
 
 
 @pytest.mark.parametrize("before", [False, True])

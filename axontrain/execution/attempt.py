@@ -86,10 +86,18 @@ def before_step(graph: StepGraph, own: Mapping[str, Tensor]) -> Before:
 
 
 def put_back(graph: StepGraph, before: Before) -> None:
-    """Make all of it what it was."""
+    """Make all of it what it was.
+
+    Raises:
+        UnrecordableError: if something of the user's cannot be; all else is.
+    """
     graph.drop_gradients()
-    graph.assumptions.put_back()
-    before.put_back()
+    try:
+        graph.assumptions.put_back()
+    except Exception as error:
+        raise UnrecordableError(f"what a step changes in Python cannot be put back: {type(error).__name__}: {error}") from error
+    finally:
+        before.put_back()
 
 
 def _try(graph: StepGraph, recorder: Recorder) -> None:

@@ -7,9 +7,12 @@ is left out, as one that plots. Installed libraries are not looked into, nor are
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import enum
 import functools
+import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -52,7 +55,7 @@ class Lookups:
     >>> lookups = Lookups()
     >>> lookups.function(scaled)
     >>> [(found.what, found.names) for found in lookups.more()]
-    [('the global variables', ['factor'])]
+    [('the global variables that scaled names', ['factor'])]
     """
 
     def __init__(self) -> None:
@@ -68,7 +71,10 @@ class Lookups:
             self._known[id(value)] = value
             if _is_users_file(value.__code__.co_filename):
                 self._functions.append(value)
-        if (within := getattr(value, "__wrapped__", None)) is not None and within is not value:
+        within = inspect.getattr_static(value, "__wrapped__", None)
+        if isinstance(within, (types.MethodType, functools.partial)):
+            within = getattr(within, "func" if isinstance(within, functools.partial) else "__func__")
+        if within is not None and within is not value:
             self.function(within)
 
     def space(self, space: Any, *, made: bool = False) -> None:
@@ -89,18 +95,19 @@ class Lookups:
                 return found
 
     def _of_function(self, function: types.FunctionType) -> Iterator[Found]:
-        space, cells = function.__globals__, Cells(function)
+        space, cells, called = function.__globals__, Cells(function), function.__qualname__.rpartition("<locals>.")[2]
         closed = {name: value for name, value in cells.items() if name != "__class__"}  # which super() is closed over
         used: list[str] = []
         for code in _within(function.__code__):
-            self._names.update(one for one in code.co_consts if isinstance(one, str) and one.isidentifier())  # as getattr takes
+            self._names.update(_texts(code.co_consts))  # as getattr takes
             for kind, name, attributes in _uses(code):
-                self._names.update(attributes)
+                value = {"global": space, "cell": closed}.get(kind, {}).get(name)
+                if not isinstance(value, types.ModuleType) or _is_users(value):  # torch.log is no method log of the user's
+                    self._names.update(attributes)
                 if kind == "import":
                     self._imported(name, space)
                 elif kind == "global" and name in space:
                     used.append(name)
-                value = {"global": space, "cell": closed}.get(kind, {}).get(name)
                 for attribute in attributes:
                     if not (_is_users_module(value) and attribute in vars(value)):
                         break
@@ -109,11 +116,11 @@ class Lookups:
                 else:
                     if _is_users_module(value):  # it goes by another name from here on
                         self.space(value)
-        called = function.__qualname__.rpartition("<locals>.")[2]
-        yield from self._new("the global variables", space, used)
+        yield from self._new(f"the global variables that {called} names", space, used)
         yield from self._new(f"the closure of {called}", cells, closed)
         for given in (function.__defaults__, function.__kwdefaults__):
             if given:
+                self._names.update(_texts([*given.values()] if isinstance(given, dict) else given))
                 yield Found(f"the defaults of {called}", given, [*given] if isinstance(given, dict) else [*range(len(given))])
         if own := [name for name in vars(function) if not name.startswith("__")]:
             yield Found(f"the function {called}", vars(function), own)
@@ -132,6 +139,9 @@ class Lookups:
                 if isinstance(value, types.ModuleType):
                     self.space(value)
                 elif hasattr(type(value), "__get__") and not isinstance(value, functools.partial):
+                    if _is_users(type(value)) and hasattr(value, "__dict__"):  # a descriptor of the user's
+                        self.space(type(value))
+                        yield Found(f"{name} of the class {kind.__name__}", vars(value), [*vars(value)])
                     for part in (value, *(getattr(value, part, None) for part in ("__func__", "fget", "fset", "func"))):
                         self.function(part)
                 elif not special and not issubclass(owner, enum.Enum) and view.origins[name] is owner:
@@ -146,10 +156,12 @@ class Lookups:
         yield from self._new(f"the module {module.__name__}", vars(module), names)
 
     def _imported(self, name: str, space: dict[str, Any]) -> None:
-        """A module that is imported within a function, whose attributes are named in it."""
-        for path in (name, f"{space.get('__package__')}.{name}"):
-            if path in sys.modules:
-                self.space(sys.modules[path])
+        """A module, or one of a package, that is imported within a function, whose attributes are named in it."""
+        with contextlib.suppress(ImportError):  # of a relative name where there is no package
+            base = importlib.util.resolve_name(name, str(space.get("__package__") or ""))
+            for path in (base, *(f"{base}.{part}" for part in self._names)):
+                if isinstance(module := sys.modules.get(path), types.ModuleType):
+                    self.space(module)
 
     def _new(self, what: str, where: Any, names: Iterable[str], *, of: Any = None) -> Iterator[Found]:
         """Those names that were not found before."""
@@ -157,6 +169,15 @@ class Lookups:
         if new := [name for name in dict.fromkeys(names) if (place, name) not in self._taken]:
             self._taken.update((place, name) for name in new)
             yield Found(what, where, new)
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Texts that may be names, also of tuples of them."""
+    for one in values:
+        if isinstance(one, str) and one.isidentifier():
+            yield one
+        elif isinstance(one, (tuple, frozenset)):
+            yield from _texts(one)
 
 
 def _within(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -173,12 +194,16 @@ def _uses(code: types.CodeType) -> Iterator[tuple[str, str, list[str]]]:
     Gives the kind, "global", "cell", "import", or "" of what is none of them, its name, and those of its attributes.
     """
     last: tuple[str, str, list[str]] = "", "", []
+    level, given = 0, 0  # of an import, by how many packages up it begins; it is given before the names
     for one in dis.get_instructions(code):
+        if one.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+            level, given = given, one.argval if isinstance(one.argval, int) else 0
         if one.opname in ATTRIBUTES:
             last[2].append(one.argval)
         elif one.opname not in BETWEEN:
             yield last
-            last = LOOKS.get(one.opname, ""), str(one.argval), []
+            kind, name = LOOKS.get(one.opname, ""), str(one.argval)
+            last = kind, "." * level + name if kind == "import" else name, []
     yield last
 
 

@@ -69,13 +69,13 @@ class Options:
         for spec, (norm, value, raises) in self._specs:
             if spec.clip_norm != norm or spec.clip_value != value or spec.on_nonfinite != raises:
                 return False
+        for optimizer, count in self._counts:
+            if optimizer.param_groups[count:] or not optimizer.param_groups[count - 1 :]:
+                return False
         for optimizer, number, group, held, _, look, expected in self._groups:
             # torch puts new groups in place of the old when it loads a state, and new state.
             groups = optimizer.param_groups
             if groups[number] is not group or look(group) != expected or tuple(map(id, group["params"])) != held:
-                return False
-        for optimizer, count in self._counts:
-            if optimizer.param_groups[count:]:
                 return False
         for _, hooks in self._hooks:
             if hooks:
@@ -103,6 +103,8 @@ class Options:
             for name, before in zip(OF_SPECS, values, strict=True):
                 if (now := getattr(spec, name)) != before:
                     return f"the optimizer's {name} was {before}, and is {now}"
+        if any(len(optimizer.param_groups) != count for optimizer, count in self._counts):
+            return "the optimizer has more groups than it had, or fewer"
         for one in self._groups:
             if one.optimizer.param_groups[one.number] is not one.group:
                 return "the optimizer's state was loaded anew"
@@ -111,8 +113,6 @@ class Options:
             for name, before in zip(one.names, one.expected, strict=True):
                 if one.group[name] != before:
                     return f"the optimizer's {name} was {shown(before)}, and is {shown(one.group[name])}"
-        if any(optimizer.param_groups[count:] for optimizer, count in self._counts):
-            return "the optimizer was given another group"
         for optimizer, hooks in self._hooks:
             if hooks:
                 return f"{type(optimizer).__name__} has hooks on its steps"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -109,8 +110,8 @@ class Recorder:
         generation, current, entered = self._now(), torch.cuda.current_stream(self.device), False
         graph = generation.graph(generators)
         collecting = gc.isenabled()
-        gc.disable()  # what it would free meanwhile may be of another graph, or wait for the device
         try:
+            gc.disable()  # what it would free meanwhile may be of another graph, or wait for the device
             # Other threads, as those that save or pin memory, go on with what is not allowed while something is recorded.
             with (
                 _redirected(),
@@ -146,7 +147,9 @@ class _Generation:
         self.graphs: list[Any] = []  # to be reset, all together
         self.recordings = weakref.WeakSet[Recording]()  # that are not closed
         self._reusable = [self.stream]
-        self.end = weakref.finalize(self, _over, device, self.graphs, self._reusable)  # or when nobody has it any more
+        self.end = weakref.finalize(
+            self, _over, os.getpid(), device, self.graphs, self._reusable
+        )  # or when nobody has it any more
 
     def graph(self, generators: list[torch.Generator]) -> Any:
         """One that nothing was recorded in."""
@@ -209,13 +212,16 @@ class _Generation:
             torch._C._cuda_releasePool(self.device.index, self.pool)
 
 
-def _over(device: torch.device, graphs: list[Any], streams: list[Any]) -> None:
+def _over(process: int, device: torch.device, graphs: list[Any], streams: list[Any]) -> None:
     """A generation is: the next may have its stream."""
-    with contextlib.ExitStack() as stack:  # one that cannot be reset does not keep the others from it
-        stack.callback(_free[device].extend, streams)
-        stack.callback(graphs.clear)
-        for graph in graphs:
-            stack.callback(graph.reset)
+    if process != os.getpid():  # one that was forked off has no device, and is not to touch them as it ends
+        _unended.extend(graphs)
+        return
+    for graph in graphs:
+        with contextlib.suppress(Exception):  # an error of the device's, which whoever uses it next is told
+            graph.reset()
+    graphs.clear()
+    _free[device].extend(streams)
 
 
 @contextlib.contextmanager
@@ -237,7 +243,7 @@ FORGETS = ("2.13.0",)  # releases that do not count out, whether or not they sto
 STREAMS = 32  # of a device that torch has, and gives out in turn
 _free = collections.defaultdict[torch.device, list[Any]](list)  # streams, which torch's libraries keep memory for
 _made = collections.defaultdict[torch.device, list[Any]](list)
-_unended: list[Any] = []  # graphs, which torch's allocator of pinned memory goes on to ask
+_unended: list[Any] = []  # graphs to be kept: torch's allocator of pinned memory goes on to ask them
 
 
 def _taken(device: torch.device) -> Any:

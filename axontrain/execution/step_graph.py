@@ -177,7 +177,10 @@ class StepGraph:
 
     def broken(self) -> str:
         """What of it does not hold any more, in words; "" if that has no name."""
-        return self.assumptions.broken() or self.options.broken()
+        try:
+            return self.assumptions.broken() or self.options.broken()
+        except Exception:  # of the user's, as of a value that has no text
+            return ""
 
     def close(self) -> None:
         """Give its memory back, and let go of what lies in it."""
