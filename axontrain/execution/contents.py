@@ -137,6 +137,8 @@ class Contents:
         for key, value in items:
             if is_a(value, Tensor):
                 self.tensors.append((what, where, key, value))
+            elif type(value) is str:
+                self._lookups.named(value)
             elif depth and not is_a(value, PLAIN) and (whole or not is_a(value, types.ModuleType)):
                 self._waiting.append((f"{called(key)} of {what}", value, depth - 1))
 

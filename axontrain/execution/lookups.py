@@ -77,6 +77,10 @@ class Lookups:
         if within is not None and within is not value:
             self.function(within)
 
+    def named(self, text: str) -> None:
+        """A text that may be a name, as getattr takes: from a config."""
+        self._names.update(_texts([text]))
+
     def space(self, space: Any, *, made: bool = False) -> None:
         """A class or a module, of which attributes and methods may be used; and of a class, whether objects are made."""
         if (id(space) not in self._spaces or made) and any(map(_is_users, getattr(space, "__mro__", (space,)))):

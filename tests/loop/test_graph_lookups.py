@@ -48,7 +48,7 @@ def half():
     SCALES["content"] = 1.0
 
 
-@pytest.mark.parametrize("kind", [ByATuple, ByADefault])
+@pytest.mark.parametrize("kind", [ByATuple, ByADefault, ByAConfig])
 def test_methods_whose_names_are_texts(kind):
     report = both(kind, drive=changing(lambda objective: SCALES.update(content=0.5)), begin=half)
     assert len(report.rerecorded) == 1
