@@ -7,8 +7,9 @@ and by shape. What there is of the optimizers is in :mod:`axontrain.execution.op
 
 Not seen are clocks; files, and what is logged; what installed libraries keep to themselves; NumPy arrays of more than 64 KB;
 of a container of more than 256 things, what is plain and in which order they are, except how many there are; what lies deeper
-than eight containers in one another; methods whose names are made up while they are looked up; and which of a set's members
-``pop`` gives next.
+than eight containers in one another; the environment, and what is reached through ``sys.modules``; code made from texts, and
+methods whose names are made up while they are looked up; what is looked up only when objects are made in a step or turned into
+texts; and which of a set's members ``pop`` gives next.
 """
 
 from __future__ import annotations
