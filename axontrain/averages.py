@@ -228,7 +228,7 @@ class Average:
         """Put the average into the module; False if it is there, or there is none yet."""
         if self.raw is not None or not self.average:
             return False
-        self.raw, self.torn = {name: tensor.clone() for name, tensor in self._live()}, True
+        self.raw, self.torn = {name: tensor.detach().clone() for name, tensor in self._live()}, True
         try:
             self._put(self.average)
         except BaseException:

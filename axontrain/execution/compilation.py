@@ -45,6 +45,7 @@ class Compilation:
         # How often a step was of no graph, at which step last, and how often in a row: a graph is made then, but not for ever.
         self.misses, self.last, self.in_a_row = 0, -1, 0
         self.anew = 0  # steps in a row for which parts were compiled
+        self.changed = UNKNOWN, ""  # for what, and the line
         self.restarted = False  # whether graphs of the run are not there because it was resumed
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
@@ -100,13 +101,21 @@ class Compilation:
         """
         self.report.graphs += new
         self.anew = self.anew + 1 if new else 0
-        if not new or (first and self.anew < EACH):
+        if not new:
+            self.changed = UNKNOWN, ""
             return
         why, line = changed_for(new)
-        self.report.recompilations += new
-        self.report.changes.append(f"{why}{f', at {line}' if line else ''}")
+        # A last batch of another size is not what changes each time: of several reasons, one with a line of the user's.
+        self.changed = (why, line) if line or not self.changed[1] else self.changed
+        if not first:
+            self.report.recompilations += new
+            self.report.changes.append(f"{why}{f', at {line}' if line else ''}")
         if self.anew >= EACH:
-            self.seen["eager"] = f"torch compiles the step anew each time, since what it takes for given changes: {why}"
+            why, line = self.changed
+            self.seen["eager"] = (
+                f"torch compiles the step anew each time, since what it takes for given changes: {why} (a number that changes "
+                f"can be a buffer, by register_buffer)"
+            )
             self.give_up(self.seen["eager"], line)
 
     def takes(self, graph: WholeStep, change: str) -> None:

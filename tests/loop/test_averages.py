@@ -502,3 +502,18 @@ def test_a_last_batch_that_is_smaller_warms_up_with_the_others(over):
 
     loop.fit(ax.ArrayDataset(x, (x.sum(1) > 0).long()), epochs=400, batch_size=32)
     torch.testing.assert_close(kept[-1], average, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("average", ["ema", "swa"])
+def test_a_loop_with_an_average_can_be_copied(average):
+    torch.manual_seed(0)
+    x = torch.randn(32, 3)
+    data = ax.ArrayDataset(x, x.sum(1, keepdim=True))
+    spec = ax.Optimizer("adamw", lr=1e-2, average=average)
+    loop = ax.Loop(ax.Supervised(nn.Linear(3, 1), "mse"), spec, progress=False)
+    loop.fit(data, epochs=2, batch_size=8)
+    copied = copy.deepcopy(loop)
+    for each in (loop, copied):
+        each.fit(data, epochs=4, batch_size=8)
+    assert all(torch.equal(p, q) for p, q in zip(loop.objective.parameters(), copied.objective.parameters(), strict=True))
+    assert not any(p is q for p, q in zip(loop.objective.parameters(), copied.objective.parameters(), strict=True))

@@ -325,7 +325,7 @@ def test_counters_in_the_module_are_no_graph_a_step():
             return self.net(inputs)
 
     loop = made(Counts)
-    named = r"anew each time.*objective\.calls == \d, at .*: self\.calls \+= 1\. Steps"
+    named = r"anew each time.*objective\.calls == \d .*, at .*: self\.calls \+= 1\. Steps"
     with pytest.warns(ax.AxonWarning, match=named) as told:
         loop.fit(table(), epochs=3, batch_size=16)
     assert len(told) == 1
@@ -333,6 +333,25 @@ def test_counters_in_the_module_are_no_graph_a_step():
     assert (report.how, report.graphs) == ("eager", 3 + 4)  # of whole steps, and of parts
     assert [change.partition(" == ")[0] for change in report.changes[1:]] == ["objective.calls"] * 2  # first it was the class's
     assert loop.objective.calls == 30
+
+
+@pytest.mark.slow
+def test_a_counter_is_named_though_a_batch_is_of_another_size_then():
+    class Counts(Net):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def loss(self, logits, labels):
+            self.calls += 1
+            return super().loss(logits, labels)
+
+    loop = made(Counts)
+    with pytest.warns(
+        ax.AxonWarning, match=r"objective\.calls == \d \(a number that changes can be a buffer.*\), at .*calls \+= 1"
+    ):
+        loop.fit(table(320), epochs=2, batch_size=48)  # the step at which it is told is of 32
+    assert loop.report().how == "eager"
 
 
 @pytest.mark.slow
