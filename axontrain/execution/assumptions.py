@@ -31,8 +31,7 @@ from axontrain.execution.contents import HOOKS, MOST, PLAIN, Contents, Place
 from axontrain.execution.generators import drawn_to
 from axontrain.execution.refilling import refill
 from axontrain.execution.views import MISSING, held, looking, peek
-from axontrain.execution.wording import called
-from axontrain.execution.wording import shown as shown
+from axontrain.execution.wording import called, shown
 from axontrain.guard import is_dense
 
 OF_EVERY = (
@@ -185,11 +184,6 @@ def hooked(module: nn.Module) -> str:
         if any(getattr(part, hooks) for hooks in HOOKS):
             return f"{name} ({type(part).__name__})" if name else type(part).__name__
     return ""
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a value means nothing beside what it is equal to."""
-    return isinstance(value, PLAIN) or (isinstance(value, (list, tuple)) and all(map(is_plain, value)))
 
 
 def alike(now: Any, before: Any) -> bool:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from axontrain.execution.assumptions import is_plain, shown
+from axontrain.execution.contents import PLAIN
+from axontrain.execution.wording import shown
 from axontrain.guard import hooks_of
 from axontrain.update import Update
 
@@ -145,6 +146,11 @@ def why_apart(updates: Sequence[Update]) -> str:
             if update.scheduled and not all(group.get("fused") for group in optimizer.param_groups):
                 return f"a schedule sets the learning rate of {name}, which takes it from the host"
             for group in optimizer.param_groups:
-                if not all(is_plain(value) for key, value in group.items() if key != "params"):
+                if not all(_is_plain(value) for key, value in group.items() if key != "params"):
                     return f"an option of {name} is a tensor"
     return ""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value means nothing beside what it is equal to."""
+    return isinstance(value, PLAIN) or (isinstance(value, (list, tuple)) and all(map(_is_plain, value)))

@@ -315,15 +315,16 @@ def test_frozen_thawed_unused_and_tied_parameters_are_trained_as_in_eager():
     assert torch.equal(compiled.objective.unused.weight, Parts().unused.weight)  # no gradient: no decay either
 
 
+class Counts(Net):
+    calls = 0
+
+    def predict(self, inputs):
+        self.calls += 1
+        return self.net(inputs)
+
+
 @pytest.mark.slow
 def test_counters_in_the_module_are_no_graph_a_step():
-    class Counts(Net):
-        calls = 0
-
-        def predict(self, inputs):
-            self.calls += 1
-            return self.net(inputs)
-
     loop = made(Counts)
     named = r"anew each time.*objective\.calls == \d .*, at .*: self\.calls \+= 1\. Steps"
     with pytest.warns(ax.AxonWarning, match=named) as told:
@@ -337,15 +338,6 @@ def test_counters_in_the_module_are_no_graph_a_step():
 
 @pytest.mark.slow
 def test_a_counter_is_named_though_a_batch_is_of_another_size_then():
-    class Counts(Net):
-        def __init__(self):
-            super().__init__()
-            self.calls = 0
-
-        def loss(self, logits, labels):
-            self.calls += 1
-            return super().loss(logits, labels)
-
     loop = made(Counts)
     with pytest.warns(
         ax.AxonWarning, match=r"objective\.calls == \d \(a number that changes can be a buffer.*\), at .*calls \+= 1"
@@ -614,13 +606,6 @@ def test_warnings_of_torchs_own_are_not_the_users():
 
 @pytest.mark.slow
 def test_what_was_seen_of_steps_holds_when_the_run_goes_on(tmp_path):
-    class Counts(Net):
-        calls = 0
-
-        def predict(self, inputs):
-            self.calls += 1
-            return self.net(inputs)
-
     first = made(Counts, directory=tmp_path)
     first.fit(table(), steps=5, batch_size=16)
     assert first.report().how == "in parts"
