@@ -24,7 +24,7 @@ from axontrain.data.stream import Stream
 from axontrain.data.structure import is_record, to_device
 from axontrain.errors import AxonWarning, ConfigurationError, kind_of, whole
 from axontrain.execution import compiled
-from axontrain.execution.copying import copied
+from axontrain.execution.copying import copied, shared, untouched
 from axontrain.execution.run import Run
 from axontrain.loop import Loop
 from axontrain.objective import TaskBatch
@@ -138,8 +138,8 @@ def audit(
     """Count what a training step costs: host reads with the lines that make them, calls, operators, copies, allocations.
 
     A copy of the objective is trained on the batch as ``fit`` does it, from the batch to the asking for the next one, after a
-    few steps of warm-up: once counting calls, once counting the rest. Nothing of the loop is changed (what hooks and closures
-    of yours write to elsewhere, a copy shares), and the random generators are as before; it takes the memory of another
+    few steps of warm-up: once counting calls, once counting the rest. Nothing of the loop is changed, nor what the objective's
+    code keeps elsewhere, as in global variables; the random generators are as before. It takes the memory of another
     objective with its optimizers, and the time of ``2 * (steps + 6)`` steps. Not in it are loading and moving the batch,
     readings, validation and saving, and what happens seldom within a step, as the folding of losses every 256.
 
@@ -190,10 +190,11 @@ def audit(
     _check_batch(batch)
     whole("steps", steps)
     check_ready(loop.state)
-    with randomness.kept():
+    with randomness.kept(), untouched(loop.objective) as around:
         batch = to_device(copy.deepcopy(batch), loop.device)
         batch = loop.precision.batch(batch) if loop.precision.converts else batch
         like, notes = _copy(loop, callbacks)
+        notes += shared(around, like.objective)
         breaks, calls, operations = compiled.breaks(), Calls(), Operations(loop.device)
         with _kept(callbacks):
             plain = like.run(_Batches(batch, steps, calls, loop.device), microbatch)
@@ -221,7 +222,7 @@ def audit(
         mean(plain.allocated_bytes) if on_gpu else None,
         mean(plain.graphs),
         breaks,
-        notes,
+        tuple(notes),
     )
 
 
@@ -307,7 +308,7 @@ def _check_batch(batch: Any) -> None:
         raise ConfigurationError(f"{asked}, as a pair of tensors")
 
 
-def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, ...]]:
+def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, list[str]]:
     with loop.state.training_weights():  # a fit that is over has left averages of them in the module, where there are any
         try:
             objective = copied(loop.objective)
@@ -340,7 +341,7 @@ def _copy(loop: Loop, callbacks: Sequence[Callback]) -> tuple[_Copy, tuple[str, 
             compile=loop.compiles,
             progress=False,
         )
-    return like, tuple(notes)
+    return like, notes
 
 
 @contextlib.contextmanager

@@ -455,7 +455,8 @@ class Loop:
     def check(self, train: Any, validation: Any = None, *, batch_size: int = DEFAULT_BATCH_SIZE) -> Report:
         """Look for what commonly goes wrong, on a copy of everything: nothing is changed, the random generators neither.
 
-        What hooks and closures of yours write to elsewhere, a copy shares: that is written.
+        What the objective's code changes elsewhere, as in global variables, is put back and told; files are not, nor what
+        iterators and queues gave.
 
         See :func:`axontrain.preflight.preflight` for what is looked at.
         """

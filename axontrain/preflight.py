@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from axontrain.state import LoopState
 from axontrain.update import Update
 
 FALL_STEPS = 50
+MOST_CHANGES = 3  # that are told
 
 
 @dataclass(slots=True, repr=False)
@@ -73,15 +75,21 @@ def preflight(
 
     Looked at are: shapes and dtypes through ``predict`` and ``loss``; parameters that get no gradient; parameters that no
     optimizer covers; whether the loss falls on one batch in 50 steps; and whether what was trained survives being saved
-    and restored. The caller's objects and random generators stay bit for bit as they were.
+    and restored. The caller's objects and random generators stay bit for bit as they were, and what their code keeps
+    elsewhere, as in global variables.
     """
     report = Report()
-    with randomness.kept(), _own_generators_kept(streams), precision.settings():
+    with contextlib.ExitStack() as every:
+        every.enter_context(randomness.kept())
+        every.enter_context(_own_generators_kept(streams))
+        around = [every.enter_context(copying.untouched(one)) for one in (objective, evaluate_with) if one is not None]
+        every.enter_context(precision.settings())
         batches = {name: _first_batch(stream, seed, report) for name, stream in streams.items()}
         batch = batches["train"]
         if batch is not None:
             try:
                 trained = _copied(objective)
+                report.notes += copying.shared(around[0], trained)
             except Exception as error:
                 report.problems.append(f"the objective cannot be copied, so nothing more was looked at: {error}")
                 return report
@@ -93,6 +101,11 @@ def preflight(
                     _survives(objective, trained, optimizers, batch, seed, precision, report)
         if batches.get("validation") is not None:
             _one_evaluation(objective, evaluate_with, batches["validation"], eval_metrics, seed, precision, report)
+        if changes := list(dict.fromkeys(chain.from_iterable(one.changes() for one in around))):
+            report.notes.append(
+                f"code of the objective changes what is not in it, and in no checkpoint: {'; '.join(changes[:MOST_CHANGES])}. "
+                f"Where results go by that, keep it in the objective, as a buffer or by get_extra_state"
+            )
     return report
 
 

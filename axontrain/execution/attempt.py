@@ -77,11 +77,9 @@ def _kept(updates: Sequence[Update]) -> list[int]:
 
 def before_step(graph: StepGraph, own: Mapping[str, Tensor]) -> Before:
     """All that a step changes, to be put back."""
-    before = Before(graph.run.objective)
+    before = Before(graph.run.objective, graph.assumptions)
     before.take_state([one for update in graph.updates for one in update.optimizers])
     before.take(own.values())
-    before.take(graph.assumptions.kept().values())
-    before.take_generators(graph.assumptions.contents.generators)
     return before
 
 
@@ -93,11 +91,9 @@ def put_back(graph: StepGraph, before: Before) -> None:
     """
     graph.drop_gradients()
     try:
-        graph.assumptions.put_back()
+        before.put_back()
     except Exception as error:
         raise UnrecordableError(f"what a step changes in Python cannot be put back: {type(error).__name__}: {error}") from error
-    finally:
-        before.put_back()
 
 
 def _try(graph: StepGraph, recorder: Recorder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from axontrain import randomness
 from axontrain.execution.generators import draw_from, drawn_to
 from axontrain.execution.refilling import refill
+from axontrain.execution.surroundings import Surroundings
 from axontrain.guard import is_dense
 
 
@@ -62,58 +63,28 @@ class Beginning:
         randomness.restore(self._rng)
 
 
-class Attributes:
-    """What a module counts and keeps in attributes, and parameters that are not trained: put back for a step done anew."""
+class Around:
+    """What code of a module may change in Python, tensors and generators included: attributes, global variables, closures.
 
-    def __init__(self, module: nn.Module) -> None:
-        kinds = (int, float, str, list, dict, torch.Tensor)
-        self._kept = [
-            (vars(part), [(name, value, _shallow(value)) for name, value in vars(part).items() if _own(name, value, kinds)])
-            for part in module.modules()
-        ]
-        self._frozen = [(p, p.detach().clone()) for p in module.parameters() if not p.requires_grad]
+    Args:
+        module: that.
+        surroundings: what was found there, if a walk was made already.
+    """
 
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Make them what they were."""
-        for attributes, kept in self._kept:
-            for name, value, before in kept:
-                attributes[name] = value
-                if isinstance(value, torch.Tensor):
-                    _restore(value, before)
-                elif isinstance(value, list):
-                    value[:] = before
-                elif isinstance(value, dict):
-                    refill(value, [*before.items()])
-        for p, before in self._frozen:
-            p.copy_(before)
+    def __init__(self, module: nn.Module, surroundings: Surroundings | None = None) -> None:
+        self.surroundings = Surroundings(module) if surroundings is None else surroundings
+        self._tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in self.surroundings.kept().items()]
+        self._drawn = [(generator, drawn_to(generator)) for generator in self.surroundings.contents.generators]
 
-
-class Before:
-    """All that a step changes, as it was before: where it begins, attributes, parameters, and what optimizers keep."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._beginning, self._attributes = Beginning(Changing(module)), Attributes(module)
-        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
-        self._parameters = dict(module.named_parameters())
-        self._state: list[tuple[Tensor, Tensor]] = []
-        self._states: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []
-        self._drawn: list[tuple[Any, Any]] = []
-
-    def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Take in what the optimizers keep; what they keep beside it later, :meth:`put_back` takes away."""
-        self._states += [(one.state, {p: dict(of_p) for p, of_p in one.state.items()}) for one in optimizers]
-        found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
-        self.take(value for value in found if isinstance(value, Tensor))
-
-    def take(self, tensors: Iterable[Tensor]) -> None:
-        """Take in further tensors."""
-        self._state += [(value, value.clone()) for value in tensors]
-
-    def take_generators(self, generators: Iterable[Any]) -> None:
-        """Take in where generators stand, of whatever kind."""
-        self._drawn += [(generator, drawn_to(generator)) for generator in generators]
+    def changes(self) -> Iterator[str]:
+        """What is another now, in words."""
+        yield from self.surroundings.changes()
+        for name, live, before in self._tensors:
+            if live.shape != before.shape or not torch.equal(live.nan_to_num(), before.nan_to_num()):
+                yield f"{name} was written to"
+        for generator, state in self._drawn:
+            if drawn_to(generator) != state:
+                yield f"a {type(generator).__name__} of its own was drawn from"
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -125,14 +96,48 @@ class Before:
         with contextlib.ExitStack() as every:  # none of them, nor Ctrl-C, keeps the others from it
             for generator, state in self._drawn:
                 every.callback(draw_from, generator, state)
-            for put_back in (self._beginning.put_back, self._attributes.put_back):
-                every.callback(put_back)
+            for _, live, before in self._tensors:
+                every.callback(_restore, live, before)
+            every.callback(self.surroundings.put_back)
+
+
+class Before:
+    """All that a step changes, as it was before: where it begins, what is around it, parameters, and what optimizers keep."""
+
+    def __init__(self, module: nn.Module, surroundings: Surroundings | None = None) -> None:
+        self._beginning, self._around = Beginning(Changing(module)), Around(module, surroundings)
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
+        self._parameters = dict(module.named_parameters())
+        self._state: list[tuple[Tensor, Tensor]] = []
+        self._states: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []
+
+    def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Take in what the optimizers keep; what they keep beside it later, :meth:`put_back` takes away."""
+        self._states += [(one.state, {p: dict(of_p) for p, of_p in one.state.items()}) for one in optimizers]
+        found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
+        self.take(value for value in found if isinstance(value, Tensor))
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        """Take in further tensors."""
+        self._state += [(value, value.clone()) for value in tensors]
+
+    @torch.no_grad()
+    def put_back(self, *, gradients: bool = False) -> None:
+        """Make all of it what it was, and drop gradients, unless those are of parts before, and to be kept.
+
+        Raises:
+            Exception: of what cannot be, once all else is.
+        """
+        with contextlib.ExitStack() as every:  # none of them, nor Ctrl-C, keeps the others from it
+            every.callback(self._beginning.put_back, gradients=gradients)
             for name, parameter in self._parameters.items():
                 every.callback(_restore, parameter, self.named[name])
             for kept, known in self._states:
                 every.callback(_refill_state, kept, known)
             for live, before in self._state:
                 every.callback(_restore, live, before)
+            every.callback(self._around.put_back)
 
 
 def _refill_state(state: dict[Any, Any], known: dict[Any, dict[str, Any]]) -> None:
@@ -155,16 +160,6 @@ def _restore(live: Tensor, before: Tensor) -> None:
 
 def _version(tensor: Tensor | None) -> int:
     return -1 if tensor is None or is_lazy(tensor) or tensor.is_inference() else tensor._version
-
-
-def _own(name: str, value: Any, kinds: tuple[type, ...]) -> bool:
-    return not name.startswith("_") and type(value) in (*kinds, bool)
-
-
-def _shallow(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return value.copy() if isinstance(value, (list, dict)) else value
 
 
 def _copied(states: Mapping[str, Any]) -> dict[str, Any]:

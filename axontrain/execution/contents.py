@@ -23,7 +23,7 @@ from axontrain.execution.arrays import is_array, written_through
 from axontrain.execution.caches import is_cached, kept
 from axontrain.execution.generators import is_generator
 from axontrain.execution.lookups import Lookups
-from axontrain.execution.moving import moving
+from axontrain.execution.moving import is_taken, moving
 from axontrain.execution.views import Bare, Slots, bare, is_a, kind_of
 from axontrain.execution.wording import called
 
@@ -77,6 +77,7 @@ class Contents:
         sets: those, and what they are called.
         generators: of random numbers: the module's own.
         running: why a step cannot be done without Python, found on the way; "" if nothing was.
+        taken: iterators and queues, from which a step may take what is gone then, and what they are called.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -86,6 +87,7 @@ class Contents:
         self.sets: list[tuple[str, set[Any]]] = []
         self.generators: list[Any] = []
         self.running = ""
+        self.taken: list[tuple[str, Any]] = []
         self._seen: set[int] = set()
         self._left, self._lookups = ALL, Lookups()
         self._waiting: deque[tuple[str, Any, int]] = deque([("", module, DEPTH)])  # what lies nearest is looked into first
@@ -153,6 +155,7 @@ class Contents:
         kind = kind_of(value)
         if why := moving(value):
             self.running = self.running or f"{name} {why}"
+            self.taken += [(name, value)] if is_taken(value) else []
         elif is_a(value, nn.Module):
             self._module(name, value, depth)
         elif is_a(value, (type, types.ModuleType)):

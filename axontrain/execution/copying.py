@@ -1,12 +1,16 @@
-"""A copy of an objective, to try things on."""
+"""A copy of an objective, to try things on; and what its code changes around it meanwhile, as it was afterwards."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 from torch import Tensor
 
 from axontrain.data.structure import tensors
+from axontrain.execution.beginning import Around
+from axontrain.execution.contents import Contents
 from axontrain.objective import Objective
 
 
@@ -18,3 +22,35 @@ def copied(objective: Objective) -> Objective:
             if not name.startswith("_"):
                 kept |= {id(one): one.detach().clone() for one in tensors(value) if one.grad_fn is not None}
     return copy.deepcopy(objective, kept)
+
+
+@contextlib.contextmanager
+def untouched(objective: Objective) -> Iterator[Around]:
+    """Leave what a copy shares with the objective as it was: global variables, closures, attributes of classes.
+
+    What there is of it in the objective itself, too; not its parameters and buffers, nor the global random generators.
+
+    >>> seen = []
+    >>> def note(value):
+    ...     seen.append(value)
+    >>> objective = Objective()
+    >>> objective.note = note
+    >>> with untouched(objective):
+    ...     copied(objective).note(2)
+    ...     print(seen)
+    [2]
+    >>> seen
+    []
+    """
+    around = Around(objective)
+    try:
+        yield around
+    finally:
+        around.put_back()
+
+
+def shared(around: Around, copy: Objective) -> list[str]:
+    """The iterators and queues of which a copy has none of its own, in words."""
+    taken = around.surroundings.contents.taken
+    its = {id(value) for _, value in Contents(copy).taken} if taken else set()
+    return [f"{name} has no copy of its own: what a trial takes from it is gone" for name, value in taken if id(value) in its]

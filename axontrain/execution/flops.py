@@ -48,7 +48,7 @@ def _counted(state: LoopState, batch: Any) -> int:
 
     objective: Objective = state.objective  # type: ignore[assignment]  # checked by the Loop
     # What there is to warn of, the step itself warns of.
-    with randomness.kept(), _uncompiled(), warnings.catch_warnings():
+    with randomness.kept(), copying.untouched(objective), _uncompiled(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         copied, batch = copying.copied(objective), copy.deepcopy(batch)
         for parameter in copied.parameters():

@@ -47,7 +47,7 @@ def moving(value: Any) -> str:
     if any(one.__name__ in SHARED.get(module, ()) for one, module in zip(kind.__mro__, modules, strict=True)):
         article = "an" if kind.__name__[0] in "AEIO" else "a"
         return f"is {article} {kind.__name__}, which other threads use"
-    if is_a(value, Iterator) and not (is_a(value, io.IOBase) or kind in weakref.ProxyTypes or MOCKS in modules):
+    if _is_iterator(value):
         return "is an iterator, which Python moves on"
     if is_numpy(value):
         if value.dtype.hasobject:
@@ -55,3 +55,19 @@ def moving(value: Any) -> str:
         if kind.__name__ != "ndarray" and value.nbytes <= SMALL:
             return f"is an array of another class than NumPy's own, {kind.__name__}"
     return ""
+
+
+def is_taken(value: Any) -> bool:
+    """Whether what is got from a value is gone from it: of an iterator, or a queue.
+
+    >>> is_taken(iter([])), is_taken([])
+    (True, False)
+    """
+    return _is_iterator(value) or any(one.__name__ in ("Queue", "SimpleQueue") for one in type(value).__mro__)
+
+
+def _is_iterator(value: Any) -> bool:
+    kind = type(value)
+    if not is_a(value, Iterator) or is_a(value, io.IOBase) or kind in weakref.ProxyTypes:
+        return False
+    return MOCKS not in [str(one.__module__) for one in kind.__mro__]

@@ -7,7 +7,6 @@ no finding unless a NaN becomes of them. It reads each result on the host, and i
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import sys
@@ -24,6 +23,7 @@ from axontrain.data.structure import tensors
 from axontrain.errors import kind_of
 from axontrain.execution import modes
 from axontrain.execution.compiled import uncompiled
+from axontrain.execution.copying import copied, untouched
 from axontrain.execution.lines import OWN, TORCH, written
 from axontrain.execution.precision import Precision
 from axontrain.objective import Accumulated, Objective, Step, total
@@ -63,13 +63,13 @@ def replay(objective: Objective, batch: Any, precision: Precision) -> Origin | N
 
     The objective, its gradients and the random generators are as before; None if everything was finite.
     """
-    with randomness.kept(), precision.settings(), uncompiled():
-        copied: Objective = copy.deepcopy(objective)
-        for parameter in copied.parameters():
+    with randomness.kept(), untouched(objective), precision.settings(), uncompiled():
+        trial = copied(objective)
+        for parameter in trial.parameters():
             parameter.grad = None
-        with modes.training(copied), torch.enable_grad():
+        with modes.training(trial), torch.enable_grad():
             for one in batch.batches if isinstance(batch, Accumulated) else (batch,):
-                if (found := _Watch(copied).origin(one, precision)) is not None:
+                if (found := _Watch(trial).origin(one, precision)) is not None:
                     return found
     return None
 

@@ -17,7 +17,7 @@ from axontrain.execution.contents import Contents
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
-from axontrain.execution.twin import Outcome, Twin, differences, of_step, sizes
+from axontrain.execution.twin import Outcome, differences, in_eager, of_step, sizes
 from axontrain.execution.whole_step import WholeStep
 from axontrain.guard import has_hooks
 from axontrain.objective import Step
@@ -102,11 +102,11 @@ class OneGraph:
         started = time.perf_counter()
         try:
             expected, nudged = self._twins(batch)
+            before, norms = Before(objective), sizes(objective)
         except Exception as error:
             step = self.run(batch)  # whose error it may be
             made.give_up(f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}")
             return step
-        before, norms = Before(objective), sizes(objective)
         change = change if graph is None else "a graph does not fit its batch any more"
         try:
             if graph is not None:
@@ -156,6 +156,4 @@ class OneGraph:
 
     def _twins(self, batch: Any, *, functional: bool = False) -> tuple[Outcome, Outcome]:
         """The step in eager, and the same with weights that are off by a rounding error."""
-        objective, update, precision = self.run.objective, self.update, self.made.precision
-        expected = Twin(objective, update, precision).step(batch, functional=functional)
-        return expected, Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
+        return in_eager(self.run.objective, self.update, self.made.precision, batch, functional=functional)

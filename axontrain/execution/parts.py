@@ -11,12 +11,12 @@ import torch
 
 from axontrain.data.structure import shapes
 from axontrain.execution import compiled
-from axontrain.execution.beginning import Attributes, Beginning, Changing
+from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import reason_of, trying
 from axontrain.execution.inductor import Backend, not_donated
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
-from axontrain.execution.twin import COMPARED, Twin, differences, of_step
+from axontrain.execution.twin import COMPARED, differences, in_eager, of_step
 from axontrain.objective import Objective, Step
 
 if TYPE_CHECKING:
@@ -77,14 +77,15 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started, beginning, attributes = time.perf_counter(), Beginning(Changing(objective)), Attributes(objective)
+        started = time.perf_counter()
         try:
-            expected, nudged = (Twin(objective, None, made.precision, nudged=nudged).step(batch) for nudged in (False, True))
+            expected, nudged = in_eager(objective, None, made.precision, batch)
+            before = Before(objective)
         except Exception as error:
             plain: Step = self.plain(batch)  # whose error it may be
             made.give_up(f"the objective cannot be copied, to hold what is compiled against eager: {error}")
             return plain
-        before = {name: buffer.clone() for name, buffer in objective.named_buffers()}
+        buffers = {name: before.named[name] for name, _ in objective.named_buffers()}
         try:
             with trying():
                 tried = self.compiled(batch)
@@ -93,18 +94,16 @@ class Parts:
             with not_donated():
                 found_by = torch.autograd.grad(tried.loss, live, retain_graph=True, allow_unused=True)
             gradients = zip(names, found_by, strict=True)
-            found = of_step(tried, objective, before)
+            found = of_step(tried, objective, buffers)
             found.found |= {f"the gradient of {name}": one for name, one in gradients if one is not None}
         except Exception as error:
             if out_of_memory(error):
                 raise
-            beginning.put_back(gradients=True)
-            attributes.put_back()
+            before.put_back(gradients=True)
             made.give_up(*reason_of(error))
             return self.plain(batch)  # type: ignore[no-any-return]
         if told := differences(found, expected, nudged, {}, made.precision):
-            beginning.put_back(gradients=True)
-            attributes.put_back()
+            before.put_back(gradients=True)
             made.differs(told)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left -= 1

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from axontrain import randomness
 from axontrain.data.structure import tensors
-from axontrain.execution.copying import copied
+from axontrain.execution.copying import copied, shared, untouched
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.precision import Precision
 from axontrain.execution.steps import check
@@ -123,6 +123,30 @@ class Twin:
         for name, buffer in buffers.items():
             buffer.copy_(after[name])
         return Step(loss, predictions, targets, weight, values, sample_weights=sample_weights)
+
+
+def in_eager(
+    objective: Objective, update: Update | None, precision: Precision, batch: Any, *, functional: bool = False
+) -> tuple[Outcome, Outcome]:
+    """A step on copies, and the same with weights that are off by a rounding error; all is as it was afterwards.
+
+    Args:
+        objective: what is trained, between two steps.
+        update: its optimizer; None to go no further than the gradients.
+        precision: what it computes in.
+        batch: of which the step is.
+        functional: whether torch.func is to differentiate it.
+
+    Raises:
+        Exception: of what cannot be copied, or of the step.
+    """
+    with untouched(objective) as around:
+        twin = Twin(objective, update, precision)
+        if taken := shared(around, twin.objective):
+            raise ValueError(taken[0])
+        expected = twin.step(batch, functional=functional)
+        around.put_back()
+        return expected, Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
 
 
 def of_step(step: Step, objective: Objective, before: Mapping[str, Tensor], update: Update | None = None) -> Outcome:

@@ -854,7 +854,7 @@ def test_one_that_cannot_be_put_back_does_not_keep_the_others_from_it(monkeypatc
             raise RuntimeError("it is frozen")
         refill(where, items)
 
-    monkeypatch.setattr("axontrain.execution.assumptions.refill", failing)
+    monkeypatch.setattr("axontrain.execution.surroundings.refill", failing)
     with pytest.raises(RuntimeError, match="it is frozen"):
         given.put_back()
     assert (first, last, numbers, array.tolist(), bad) == ({"a": 1}, {"a": 1}, {1, 2}, [0, 0], [2])
