@@ -14,6 +14,7 @@ from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import UNKNOWN, reason_of
 from axontrain.execution.compilation import Compilation
 from axontrain.execution.contents import Contents
+from axontrain.execution.failing import fail
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
@@ -43,7 +44,10 @@ class OneGraph:
         if graph is None or update.veto is not None or self._watched():
             return self._otherwise(batch)
         update.ready()
-        step = graph.attempt(batch)
+        try:
+            step = graph.attempt(batch)
+        except Exception as error:
+            fail(error, self.run.objective, self.made.precision, batch)
         if step is None:
             return self._otherwise(batch)
         update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]  # a graph's steps have a flag
@@ -69,7 +73,12 @@ class OneGraph:
             if graph.left:
                 if not graph.why_not(batch):
                     return self._compared(graph, batch)
-            elif (step := graph.attempt(batch)) is not None:
+                continue
+            try:
+                step = graph.attempt(batch)
+            except Exception as error:
+                fail(error, self.run.objective, made.precision, batch)
+            if step is not None:
                 self.graph = graph if not graph.dynamic else self.graph
                 update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
                 return step

@@ -13,6 +13,7 @@ from axontrain.data.structure import shapes
 from axontrain.execution import compiled
 from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import reason_of, trying
+from axontrain.execution.failing import fail
 from axontrain.execution.inductor import Backend, not_donated
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
@@ -63,7 +64,10 @@ class Parts:
         if len(self.shapes) < MOST_SHAPES and shapes(batch) not in self.shapes:
             self.left = 1  # it is of another graph, or makes the one that there is one of variable sizes
             return self._compared(batch)
-        step: Step = self.compiled(batch)
+        try:
+            step: Step = self.compiled(batch)
+        except Exception as error:
+            fail(error, self.objective, self.made.precision, batch)
         self._count()
         return step
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from resume_runs import flat
 from torch import nn
+from unchanged import everything, same
 
 import axontrain as ax
 from axontrain.execution import twin
@@ -884,3 +885,42 @@ def test_what_is_seen_uncompiled_is_not_taken_for_compiled():
     assert loop.report().compared == 1
     loop.fit(table(), steps=4, batch_size=16)
     assert (loop.report().how, loop.report().compared) == ("in parts", 3)
+
+
+class Embeds(Net):
+    def __init__(self, whole=True):
+        super().__init__()
+        self.whole = whole
+        self.net = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 4))
+
+    def loss(self, logits, labels):
+        if not self.whole:
+            print(end="")
+        return F.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("what", ["token", "label"])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_compiled_step_that_fails_gives_eagers_error(whole, what):
+    x = torch.arange(64) % 8
+    y = x % 4
+    loop, eager = (made(lambda: Embeds(whole), compile=compile) for compile in (True, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ax.AxonWarning)
+        loop.fit(ax.ArrayDataset(x, y), epochs=1, batch_size=8)
+    eager.fit(ax.ArrayDataset(x, y), epochs=1, batch_size=8)
+    compiled = "one graph" if whole else "in parts"
+    assert loop.report().how == compiled
+    before = everything(loop)
+    wrong = (x + 8, y) if what == "token" else (x, y + 4)
+    with pytest.raises(IndexError, match=r"index out of range in self|Target \d+ is out of bounds") as found:
+        loop.train_on_batch(tuple(part[:8] for part in wrong))
+    assert any("compiled, it fails by: index out of bounds" in note for note in found.value.__notes__)
+    users = [entry.name for entry in found.traceback if str(entry.path) == __file__]
+    assert users[-1] == ("predict" if what == "token" else "loss")
+    after = everything(loop)
+    assert [name for name in before if not same(before[name], after[name])] == []
+    for loops in (loop, eager):
+        loops.fit(ax.ArrayDataset(x, y), epochs=2, batch_size=8)
+    alike(eager, loop)
+    assert loop.report().how == compiled

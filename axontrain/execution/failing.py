@@ -1,0 +1,48 @@
+"""Failing: a compiled step that fails is done once more in eager, on a copy, whose error says in which line of the user's it is.
+
+Compiled code is checked too, but all that it says is ``cpp_fused_embedding_0, main.cpp:52, index out of bounds: 0 <= tmp2 < 10``.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from axontrain.execution.copying import untouched
+from axontrain.execution.lines import of_error
+from axontrain.execution.microbatches import out_of_memory
+from axontrain.execution.precision import Precision
+from axontrain.execution.twin import Twin
+from axontrain.objective import Objective
+
+
+def fail(error: Exception, objective: Objective, precision: Precision, batch: Any) -> NoReturn:
+    """Raise what the same step raises in eager, if the error came from within compiled code; else the error itself.
+
+    The objective, its gradients and the random generators stay as they are.
+    """
+    # After an assertion on a GPU nothing more is computed on it.
+    if out_of_memory(error) or "CUDA error" in str(error) or not _is_of_a_kernel(error):
+        raise error
+    try:
+        twin = Twin(objective, None, precision)
+    except Exception:  # it cannot be copied, or there is not the memory for it
+        raise error from None
+    try:
+        with untouched(objective):
+            twin.step(batch)
+    except Exception as found:
+        if out_of_memory(found):
+            raise error from None
+        compiled = str(error).strip().partition("\n")[0].rpartition(", ")[2]
+        found.add_note(f"as it fails in eager, on a copy; compiled, it fails by: {compiled}")
+        raise found from None
+    error.add_note("in eager, on a copy, the same step does not fail: Loop(..., compile=False) trains without what is compiled")
+    raise error
+
+
+def _is_of_a_kernel(error: Exception) -> bool:
+    """Whether an error was raised by code that torch's compiler has written."""
+    made: Any = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    innermost = next(of_error(error), ("", 0))[0]
+    return made is not None and innermost.startswith(made.cache_dir())
