@@ -1,6 +1,6 @@
 """Failing: a compiled step that fails is done once more in eager, on a copy, whose error has the line of the user's.
 
-Compiled code checks indices too, but all that it says is ``cpp_fused_embedding_0, main.cpp:52, index out of bounds: 0 <= tmp2``.
+Compiled code checks indices too, but says only ``cpp_fused_embedding_0, main.cpp:52, index out of bounds: 0 <= tmp2 < 10``.
 """
 
 from __future__ import annotations
