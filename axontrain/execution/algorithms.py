@@ -9,7 +9,7 @@ What has no form here is updated by its optimizer, outside of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-# params, grads, the state's tensors by key, the learning rate: it writes into params and state
-Applied = Callable[[list[Tensor], list[Tensor], Mapping[str, list[Tensor]], Tensor], None]
+Numbers = Mapping[str, Any]  # options by name: numbers, or scalars on the device where they are others from step to step
+# params, grads, the state's tensors by key, the learning rate, options: it writes into params and state
+Applied = Callable[[list[Tensor], list[Tensor], Mapping[str, list[Tensor]], Tensor, Numbers], None]
+VARYING = ("weight_decay", "momentum", "betas")  # options that can be scalars on the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,70 +32,121 @@ class Form:
         keys: of the state: what begins as zeros of the parameter's shape.
         counts: whether the state has a ``step`` beside, a scalar that begins at zero.
         apply: the algorithm.
+        varying: options that are none, but scalars on the device.
     """
 
     options: Mapping[str, Any]
     keys: tuple[str, ...]
     counts: bool
     apply: Applied
+    varying: tuple[str, ...] = ()
 
-    def of_now(self, group: Mapping[str, Any]) -> bool:
-        """Whether the group has these options still."""
-        return all(group[name] == value for name, value in self.options.items())
+    def numbers(self, group: Mapping[str, Any]) -> list[float] | None:
+        """What those that vary are in a group, betas one by one; None where another algorithm would be needed."""
+        found: list[float] = []
+        for name in self.varying:
+            values = group[name] if name == "betas" else (group[name],)
+            if any(isinstance(value, Tensor) for value in values) or (name == "momentum" and not group[name]):
+                return None
+            found += values
+        return found
+
+    def named(self, scalars: Tensor) -> Numbers:
+        """All options by name, of what :meth:`numbers` gave."""
+        if not self.varying:
+            return self.options
+        rest = [*scalars.unbind()]
+        of_group: dict[str, Any] = {**self.options}
+        for name in self.varying:
+            many = 2 if name == "betas" else 1
+            of_group[name] = rest[0] if many == 1 else tuple(rest[:many])
+            del rest[:many]
+        return of_group
 
 
-def form(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> Form | str:
-    """The functional form of a group of an optimizer; or why it has none, in words."""
+def form(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], varying: Collection[str] = ()) -> Form | str:
+    """The functional form of a group of an optimizer; or why it has none, in words.
+
+    Args:
+        optimizer: that.
+        group: one of its groups.
+        varying: which of its options are to be scalars on the device, of VARYING.
+    """
     kind = type(optimizer)
     made = FORMS.get(kind)
     if made is None:
         return f"{kind.__name__} has no form that one graph could take in; SGD, Adam and AdamW have"
-    return made(group)
+    return made(group, varying)
 
 
-def _sgd(group: Mapping[str, Any]) -> Form | str:
-    options = {name: group[name] for name in ("weight_decay", "momentum", "dampening", "nesterov", "maximize")}
+def _split(group: Mapping[str, Any], names: Sequence[str], varying: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The constants, and the names of those that are none."""
+    apart = tuple(name for name in names if name in varying and (name != "momentum" or group[name]))
+    return {name: group[name] for name in names if name not in apart}, apart
+
+
+def _sgd(group: Mapping[str, Any], varying: Collection[str]) -> Form | str:
+    options, apart = _split(group, ("weight_decay", "momentum", "dampening", "nesterov", "maximize"), varying)
     if options["dampening"]:
         return "SGD with dampening begins unlike it goes on"
-    momentum = bool(options["momentum"])
+    momentum = bool(group["momentum"])
 
-    def apply(params: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], lr: Tensor) -> None:
-        buffers: Sequence[Tensor | None] = state["momentum_buffer"] if momentum else [None] * len(params)
-        sgd(params, grads, list(buffers), foreach=True, fused=False, lr=lr, **options)  # type: ignore[arg-type]
+    def apply(
+        params: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], lr: Tensor, numbers: Numbers
+    ) -> None:
+        if not apart:
+            buffers: Sequence[Tensor | None] = state["momentum_buffer"] if momentum else [None] * len(params)
+            sgd(params, grads, list(buffers), foreach=True, fused=False, lr=lr, **numbers)  # type: ignore[arg-type]
+            return
+        for index, (p, gradient) in enumerate(zip(params, grads, strict=True)):  # torch's takes numbers only
+            g = (-gradient if numbers["maximize"] else gradient) + numbers["weight_decay"] * p
+            if momentum:
+                buffer = state["momentum_buffer"][index]
+                buffer.mul_(numbers["momentum"]).add_(g)
+                g = g + numbers["momentum"] * buffer if numbers["nesterov"] else buffer
+            p.sub_(lr * g)
 
-    return Form(options, ("momentum_buffer",) if momentum else (), False, apply)
+    return Form(options, ("momentum_buffer",) if momentum else (), False, apply, apart)
 
 
-def _adam(group: Mapping[str, Any]) -> Form | str:
-    options = {name: group[name] for name in ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay")}
+def _adam(group: Mapping[str, Any], varying: Collection[str]) -> Form | str:
     if any(isinstance(beta, Tensor) for beta in group["betas"]):
         return "Adam's betas are tensors"
-    betas = tuple(group["betas"])
+    names = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
+    options, apart = _split(group, names, varying)
     amsgrad = bool(options["amsgrad"])
     keys = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
 
-    def apply(params: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], lr: Tensor) -> None:
+    def apply(
+        params: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], lr: Tensor, numbers: Numbers
+    ) -> None:
+        first, second = numbers["betas"]
+        decays = "weight_decay" in apart or bool(numbers["weight_decay"])
         for index, (p, gradient) in enumerate(zip(params, grads, strict=True)):
             mean, square, step = state["exp_avg"][index], state["exp_avg_sq"][index], state["step"][index]
-            g = -gradient if options["maximize"] else gradient
+            g = -gradient if numbers["maximize"] else gradient
             step.add_(1)
-            if options["weight_decay"] and options["decoupled_weight_decay"]:
-                p.mul_(1 - lr * options["weight_decay"])
-            elif options["weight_decay"]:
-                g = g + options["weight_decay"] * p
-            mean.lerp_(g, 1 - betas[0])
-            square.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            if decays and numbers["decoupled_weight_decay"]:
+                p.mul_(1 - lr * numbers["weight_decay"])
+            elif decays:
+                g = g + numbers["weight_decay"] * p
+            if "betas" in apart:
+                mean.lerp_(g, (1 - first).to(mean.dtype))
+                square.mul_(second).add_(g * g * (1 - second))
+            else:
+                mean.lerp_(g, 1 - first)
+                square.mul_(second).addcmul_(g, g, value=1 - second)
             if amsgrad:
                 largest = state["max_exp_avg_sq"][index]
                 largest.copy_(torch.maximum(largest, square))
                 square = largest
             # In double, as torch's fused kernels do: 1 - 0.999 in float32 has lost five digits.
             count = step if p.device.type == "mps" else step.double()
-            rate = _once((lr / (1 - betas[0] ** count)).to(lr.dtype))
-            correction = _once((1 - betas[1] ** count).sqrt().to(lr.dtype))
-            p.sub_(rate * (mean / (square.sqrt() / correction + options["eps"])))
+            rate = _once((lr / (1 - first**count)).to(lr.dtype))
+            correction = _once((1 - second**count).sqrt().to(lr.dtype))
+            p.sub_(rate * (mean / (square.sqrt() / correction + numbers["eps"])))
 
-    return Form({**options, "betas": betas}, keys, True, apply)
+    return Form(options, keys, True, apply, apart)
 
 
 def _once(scalar: Tensor) -> Tensor:
@@ -101,7 +154,7 @@ def _once(scalar: Tensor) -> Tensor:
     return scalar.expand(9).amax()
 
 
-FORMS: dict[type, Callable[[Mapping[str, Any]], Form | str]] = {
+FORMS: dict[type, Callable[[Mapping[str, Any], Collection[str]], Form | str]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: _adam,
     torch.optim.AdamW: _adam,

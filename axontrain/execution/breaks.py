@@ -15,6 +15,21 @@ import torch
 from axontrain.execution.lines import is_users, written
 
 UNKNOWN = "something in the batch or in the module is another"
+# What torch says of what is met often, and what it is about.
+FAMILIAR = (
+    (
+        r"attempted to call in-place operation \(aten::(\w+).* mutate a captured Tensor",
+        r"a step writes in place (\1) to a tensor that it does not compute and that is no buffer: register_buffer makes it one",
+    ),
+    (
+        r"Could not guard on data-dependent expression (.+?) \(unhinted",
+        r"Python goes by a number that the step computes, as by .item() (data-dependent: \1)",
+    ),
+    (
+        r"TensorWrapper\.cpp",
+        "torch.func, which differentiates a whole step, cannot follow a part of it, as one that computes its activations again",
+    ),
+)
 
 
 @contextlib.contextmanager
@@ -55,9 +70,9 @@ def in_short(guard: str) -> str:
     >>> in_short("L['module']._modules['objective'].calls == 2    # self.calls += 1  # d/model.py:6 in predict (HINT: ...)")
     'objective.calls == 2 (d/model.py:6 in predict)'
     """
-    held, *comments = guard.partition("(HINT")[0].split("  # ")
+    held, *comments = re.split(r"\(HINT|\. Guard failed on", guard)[0].split("  # ")
     held = re.sub(r"L\['module'\]\._modules\['objective'\]|plain\.__self__", "objective", " ".join(held.split()))
-    held = re.sub(r"_modules\['(\w+)'\]", r"\1", held)
+    held = re.sub(r"_(?:modules|parameters|buffers)\['(\w+)'\]", r"\1", held)
     return f"{held} ({' '.join(comments[-1].split())})" if comments else held
 
 
@@ -70,10 +85,15 @@ def reason_of(error: BaseException) -> tuple[str, str]:
 
     >>> reason_of(ValueError("no such thing\n\nand much more"))
     ('no such thing', '')
+    >>> reason_of(RuntimeError("Could not guard on data-dependent expression u0 > 1 (unhinted: u0 > 1)."))[0]
+    'Python goes by a number that the step computes, as by .item() (data-dependent: u0 > 1)'
     """
     stack: Iterable[traceback.FrameSummary] = getattr(error, "real_stack", None) or ()
     places = ((frame.filename, frame.lineno or 0) for frame in reversed([*stack]))
     line = next((written(path, number) for path, number in places if is_users(path)), "")
+    for pattern, told in FAMILIAR:
+        if found := re.search(pattern, str(error)):
+            return found.expand(told), line
     texts = [text.strip() for text in str(error).strip().splitlines() if text.strip()]
     reason = texts[0] if texts else type(error).__name__
     explained = next((text.partition("Explanation: ")[2] for text in texts if text.startswith("Explanation: ")), "")

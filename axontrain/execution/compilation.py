@@ -46,6 +46,9 @@ class Compilation:
         self.misses, self.last, self.in_a_row = 0, -1, 0
         self.anew = 0  # steps in a row for which parts were compiled
         self.changed = UNKNOWN, ""  # for what, and the line
+        self.varying: set[str] = (
+            set()
+        )  # the optimizer's options that have changed: they are no constants of a graph from then on
         self.restarted = False  # whether graphs of the run are not there because it was resumed
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
@@ -54,12 +57,15 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
-        return {name: getattr(self, name) for name in COUNTS} | self.seen
+        # What has changed since the last step too: to a run that goes on from here it is what has always been.
+        varying = self.varying.union(*(graph.changed() for graph in self.graphs[-1:]))
+        return {name: getattr(self, name) for name in COUNTS} | self.seen | {"varying": sorted(varying)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         for name in COUNTS:
             setattr(self, name, state.get(name, getattr(self, name)))  # a run of before anew was counted has none
+        self.varying = set(state.get("varying", ()))
         self.restarted = True
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
@@ -93,6 +99,14 @@ class Compilation:
         self.in_a_row = self.in_a_row + 1 if next_to else 0
         self.misses, self.last = self.misses + 1, step
         return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
+
+    def vary(self, options: set[str]) -> bool:
+        """Have these options be no constants any more; graphs in which they are go, as a run that is resumed has none."""
+        new = bool(options - self.varying)
+        if new:
+            self.varying |= options
+            self.graphs.clear()
+        return new
 
     def counts(self, new: int, *, first: bool) -> None:
         """Count graphs that were compiled of parts for a step, one of the ``first`` or not.

@@ -86,9 +86,13 @@ class OneGraph:
         if how == "eager":
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
-        if made.in_vain(self.state.step):
+        if made.graphs and made.vary(made.graphs[-1].changed()):
+            self.graph = None
+        elif made.in_vain(self.state.step):
             told = change or UNKNOWN
-            self._in_parts(f"a step fits none of {len(made.graphs)} graphs: {told}, before", seen=True)
+            self._in_parts(
+                f"a step fits none of the graphs before ({told}), of which there are {made.report.graphs}", seen=True
+            )
             return self.run(batch)
         return self._compared(None, batch, dynamic=how == "dynamic", change=change)
 
@@ -124,7 +128,9 @@ class OneGraph:
                 graph = graph if given is not None else None
             if graph is None:
                 trained = [name for name in expected.trained if name in update.parameters]
-                graph = WholeStep(objective, update, made.precision, trained, expected.changing, dynamic=dynamic)
+                graph = WholeStep(
+                    objective, update, made.precision, trained, expected.changing, varying=made.varying, dynamic=dynamic
+                )
                 before.take_state(update.optimizers)
                 given = graph.first(batch)
                 made.takes(graph, change)
@@ -139,7 +145,7 @@ class OneGraph:
                 made.graphs[:] = [one for one in made.graphs if not one.dynamic]
             else:
                 self._in_parts(*reason_of(error))
-                if "TensorWrapper" in made.divided:  # of torch.func, which lets no tensor out but those it is given back
+                if "TensorWrapper" in str(error):  # of torch.func, which lets no tensor out but those it is given back
                     return self._keeping(batch)
             return self.run(batch)
         found = of_step(step, objective, before.named, update)

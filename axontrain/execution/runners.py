@@ -99,7 +99,7 @@ def _compiled(
     from axontrain.execution.parts import Parts
 
     if not isinstance(run, OneLoss):
-        why = "train_step is a generator of several losses, which cannot be compiled; its networks can: self.net.compile()"
+        why = "train_step is a generator of several losses, which cannot be compiled; its networks can, each by .compile()"
         if made.eager != why:
             made.give_up(why)
         return run

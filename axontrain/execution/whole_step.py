@@ -2,7 +2,7 @@
 
 ``loss.backward()`` and ``optimizer.step()`` would each end a graph. What becomes one graph is :func:`torch.func.grad_and_value`
 over the objective, and torch's optimizers in their functional form (:mod:`axontrain.execution.algorithms`), written in place.
-The learning rate is a tensor, so that another rate is no other graph.
+The learning rate is a tensor, so that another is no other graph; weight decay, momentum and betas are tensors once they change.
 
 Dynamo looks up its code for a call by guards, around which it does much that a step need not do again. Here its guards are
 checked, and its code is called, without that: of a small step it is the half.
@@ -11,14 +11,14 @@ checked, and its code is called, without that: of a small step it is the half.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from axontrain.execution.algorithms import Form, begin, form
+from axontrain.execution.algorithms import VARYING, Form, begin, form
 from axontrain.execution.breaks import UntraceableError, in_short, trying
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.inductor import Backend, ClosedError
@@ -35,13 +35,14 @@ OURS = (
 )  # fmt: skip
 # What a step does not look at: it is in no transform of torch.func, and saves nothing for a backward pass.
 AMBIENT = ("FUNCTORCH_STACK_MATCH", "AUTOGRAD_SAVED_TENSORS_HOOKS")
-CONSTANTS, LISTS = ("layout", "rates"), ("params", "states", "buffers")
+CONSTANTS, LISTS = ("layout", "rates", "numbers"), ("params", "states", "buffers")
 
 
 class Layout:
     """What the function is made of: groups of parameters with their algorithms, buffers, and how gradients are clipped."""
 
-    def __init__(self, update: Update, trained: Sequence[str], changing: Sequence[str]) -> None:
+    def __init__(self, update: Update, trained: Sequence[str], changing: Sequence[str], varying: Collection[str]) -> None:
+        self.varying = varying
         self.buffers = [PREFIX + name for name in changing]
         self.spec, self.clip_value, self.clip_norm = update.spec, update.spec.clip_value, update.spec.clip_norm
         self.forms: list[Form] = []
@@ -57,7 +58,7 @@ class Layout:
 
     def _take(self, optimizer: torch.optim.Optimizer, number: int, params: list[Tensor], names: list[str]) -> None:
         group = optimizer.param_groups[number]
-        found = form(optimizer, group)
+        found = form(optimizer, group, self.varying)
         if isinstance(found, str):
             raise UntraceableError(found)
         begin(found, group, params, optimizer.state)
@@ -76,6 +77,7 @@ class WholeStep:
         precision: what it computes in.
         trained: the names of the parameters that get a gradient: of others torch's optimizers leave alone state and decay.
         changing: the names of the buffers that the step changes.
+        varying: options of the optimizer that change, of VARYING.
         dynamic: whether sizes are taken for variable.
 
     Raises:
@@ -90,14 +92,21 @@ class WholeStep:
         trained: Sequence[str],
         changing: Sequence[str],
         *,
+        varying: Collection[str] = (),
         dynamic: bool,
     ) -> None:
         self.dynamic, self.left = dynamic, COMPARED
-        self.layout = Layout(update, trained, changing)
+        self.layout = Layout(update, trained, changing, varying)
         self.slots = [_slot(objective, name) for name in changing]
         # In double only where parameters are: Dynamo takes a scalar in double for a number, and reads it in a guard.
         self.rates = [torch.zeros((), dtype=_wide(params[0]), device=params[0].device) for params in self.layout.params]
         self.set: list[Any] = [None for _ in self.rates]  # what those hold
+        self.varies = any(one.varying for one in self.layout.forms)
+        self.numbers = [
+            torch.zeros(len(one.varying) + 1, dtype=_exact(params[0]), device=params[0].device)  # betas are two
+            for one, params in zip(self.layout.forms, self.layout.params, strict=True)
+        ]
+        self.given: list[Any] = [[] for _ in self.numbers]
         self.options = [itemgetter(*one.options) for one in self.layout.forms]
         self.constants = [tuple(one.options.values()) for one in self.layout.forms]
         self.closure = {"module": Forward(objective, precision), "layout": self.layout}
@@ -138,6 +147,8 @@ class WholeStep:
             if isinstance(rate, Tensor) or rate != self.set[index]:  # a tensor may have been filled in place
                 self.rates[index].fill_(rate)
                 self.set[index] = rate
+            if self.varies and not self._take(index, group):
+                return None
         try:
             arguments = self._arguments(batch)
         except KeyError:  # state that was restored from before there was any: see begin
@@ -155,6 +166,24 @@ class WholeStep:
         finally:
             torch._C._set_grad_enabled(enabled)
         return Step(loss, predictions, targets, weight, values, flag, sample_weights)
+
+    def _take(self, index: int, group: dict[str, Any]) -> bool:
+        """Take the options that vary, as they are now."""
+        numbers = self.layout.forms[index].numbers(group)
+        if numbers is not None and numbers != self.given[index]:
+            into = self.numbers[index]
+            into[: len(numbers)] = torch.tensor(numbers, dtype=into.dtype)
+            self.given[index] = numbers
+        return numbers is not None
+
+    def changed(self) -> set[str]:
+        """Which of the options that may vary are constants in it, and others now."""
+        return {
+            name
+            for (optimizer, number), one in zip(self.layout.places, self.layout.forms, strict=True)
+            for name, value in one.options.items()
+            if name in VARYING and optimizer.param_groups[number][name] != value
+        }
 
     def begin(self) -> None:
         """Make the state that the optimizers lack, as after a state was restored from before their first step."""
@@ -187,7 +216,14 @@ class WholeStep:
             for keys, params, (optimizer, _) in zip(layout.keys, layout.params, layout.places, strict=True)
         ]
         buffers = [owner._buffers[name] for owner, name in self.slots]
-        return {"params": layout.params, "states": states, "rates": self.rates, "buffers": buffers, "batch": batch}
+        return {
+            "params": layout.params,
+            "states": states,
+            "rates": self.rates,
+            "numbers": self.numbers,
+            "buffers": buffers,
+            "batch": batch,
+        }
 
     def _take_hold(self) -> None:
         """Take hold of Dynamo's guards and of its code."""
@@ -215,7 +251,7 @@ def _bare(names: dict[str, Any], used: Sequence[str]) -> dict[str, Any]:
 def _function(module: nn.Module, layout: Layout) -> Any:
     """Make the function to be compiled: of code of its own, since Dynamo keeps what it has compiled by that."""
 
-    def whole_step(params: Any, states: Any, rates: Any, buffers: Any, batch: Any) -> Any:
+    def whole_step(params: Any, states: Any, rates: Any, numbers: Any, buffers: Any, batch: Any) -> Any:
         groups = [[p.detach() for p in group] for group in params]
         trained = {
             name: p for names, group in zip(layout.names, groups, strict=True) for name, p in zip(names, group, strict=True)
@@ -227,7 +263,7 @@ def _function(module: nn.Module, layout: Layout) -> Any:
             state = states[index]
             live = [*groups[index], *[tensor for key in state for tensor in state[key]]]
             before = [tensor.clone() for tensor in live]
-            algorithm.apply(groups[index], gradients[index], state, rates[index])
+            algorithm.apply(groups[index], gradients[index], state, rates[index], algorithm.named(numbers[index]))
             for tensor, old in zip(live, before, strict=True):
                 tensor.copy_(torch.where(bad, old, tensor))
         for name, buffer in copies.items():
@@ -261,6 +297,10 @@ def _norm(gradients: list[list[Tensor]]) -> Tensor:
     norms = [torch.linalg.vector_norm(g).to(wide) for group in gradients for g in group]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

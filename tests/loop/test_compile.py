@@ -1,6 +1,7 @@
 """compile=True: the same training by one graph, by parts where that cannot be, in eager where nothing can; never a crash."""
 
 import copy
+import functools
 import gc
 import itertools
 import warnings
@@ -203,17 +204,14 @@ def test_raise_raises_and_has_changed_nothing():
     assert torch.equal(before["weights"], loop.objective.net.weight)
 
 
-@pytest.mark.slow
-def test_a_run_that_is_resumed_is_the_run_that_was_not_broken_off(tmp_path):
-    def run(directory=None):
-        return made(Deep, OPTIMIZERS["adamw"], directory=directory)
-
+def goes_on(run, tmp_path, stops):
+    """What differs of a run that is broken off and resumed, for each of the steps at which it is."""
     data = table(150)  # nine batches of sixteen, and one of six
     whole = run()
     whole.fit(data, epochs=4, batch_size=16)
-    for stop in (1, 7, 10, 13, 25):
+    for stop in stops:
         directory = tmp_path / str(stop)
-        first = run(directory)
+        first = run(directory=directory)
 
         @first.on("after_batch")
         def leave(state, stop=stop):
@@ -231,7 +229,65 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not_broken_off(tmp_path):
             if not key.startswith(("/counters/elapsed", "/history", "/attached/cadence"))
             and not (torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b.get(key))
         ]
-        assert not different, (stop, different)
+        yield stop, different
+    assert whole.report().how == "one graph"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_is_the_run_that_was_not_broken_off(tmp_path):
+    found = goes_on(functools.partial(made, Deep, OPTIMIZERS["adamw"]), tmp_path, (1, 7, 10, 13, 25))
+    assert [one for one in found if one[1]] == []
+
+
+class Turns(ax.Callback):
+    """Weight decay that is another now and then, and the first one again."""
+
+    def after_batch(self, state):
+        if state.step % 3 == 2:
+            state.optimizers["main"].set(weight_decay=(0.2, 0.01, 0.05)[state.step // 3 % 3])
+
+
+@pytest.mark.slow
+def test_so_it_is_where_options_of_the_optimizer_change(tmp_path):
+    def run(**options):
+        return made(Deep, OPTIMIZERS["adamw"], callbacks=[Turns()], **options)
+
+    assert [one for one in goes_on(run, tmp_path, (1, 2, 4, 8, 9, 25)) if one[1]] == []
+
+
+def one_cycle(optimizer):
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=40)
+
+
+VARIED = {
+    "decay": (ax.Optimizer("adamw", lr=1e-2, weight_decay=0.3, no_decay=True), lambda: [Turns()], "weight_decay"),
+    "coupled": (ax.Optimizer("adam", lr=1e-2, weight_decay=0.3, amsgrad=True), lambda: [Turns()], "weight_decay"),
+    "sgd": (ax.Optimizer("sgd", lr=0.05, momentum=0.9, weight_decay=0.3), lambda: [Turns()], "weight_decay"),
+    "one_cycle": (ax.Optimizer("sgd", lr=0.05, momentum=0.9, nesterov=True, schedule=one_cycle), list, "momentum"),
+    "betas": (ax.Optimizer("adamw", lr=0.05, schedule=one_cycle), list, "betas"),
+    "maximize": (ax.Optimizer("sgd", lr=1e-3, momentum=0.5, maximize=True, schedule=one_cycle), list, "momentum"),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "betas" else pytest.mark.slow) for name in VARIED])
+def test_options_that_change_are_one_more_graph_and_no_more(name):
+    optimizer, callbacks, what = VARIED[name]
+    eager, compiled = both(Net, optimizer, callbacks=callbacks)
+    alike(eager, compiled)
+    report = compiled.report()
+    assert (report.how, report.graphs, report.recompilations) == ("one graph", 2, 1)
+    assert report.changes[0].startswith(f"the optimizer's {what} was ")
+
+
+@pytest.mark.slow
+def test_momentum_that_comes_and_goes():
+    class ComesAndGoes(ax.Callback):
+        def after_batch(self, state):
+            state.optimizers["main"].set(momentum=(0.0, 0.5, 0.8)[state.step // 5 % 3])
+
+    eager, compiled = both(Net, ax.Optimizer("sgd", lr=0.05), callbacks=lambda: [ComesAndGoes()])
+    alike(eager, compiled)
+    assert (compiled.report().how, compiled.report().graphs) == ("one graph", 3)
 
 
 @pytest.mark.slow
@@ -372,6 +428,32 @@ def test_a_tensor_that_a_step_keeps_is_named(way):
     torch.testing.assert_close(eager.objective._mean, compiled.objective._mean)
     assert compiled.report().how == "in parts"
     assert name in compiled.report().reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["written", "read"])
+def test_what_torch_says_of_a_step_is_told_in_words(way):
+    class Told(Net):
+        def __init__(self):
+            super().__init__()
+            self.mean = torch.zeros(2)
+
+        def loss(self, logits, labels):
+            loss = super().loss(logits, labels)
+            if way == "written":
+                self.mean.mul_(0.9)
+            elif loss.item() > 100:
+                loss = 0.0 * loss
+            return loss
+
+    why = {
+        "written": r"writes in place \(mul_\) to a tensor .* no buffer: register_buffer .*, at .*: self\.mean\.mul_\(0\.9\)",
+        "read": r"Python goes by a number that the step computes, as by \.item\(\) .*, at .*: elif loss\.item\(\) > 100",
+    }
+    with pytest.warns(ax.AxonWarning, match=why[way]):
+        eager, compiled = both(Told)
+    alike(eager, compiled)
+    torch.testing.assert_close(compiled.objective.mean, eager.objective.mean)
 
 
 IN_PARTS = {
@@ -662,6 +744,7 @@ def test_activation_checkpointing_is_compiled_in_parts_and_forbids_nobody_anythi
     eager, compiled = both(Checkpointed)
     alike(eager, compiled)
     assert compiled.report().how == "in parts"
+    assert "one that computes its activations again" in compiled.report().reason
     made(Checkpointed, compile=False).fit(table(), epochs=1)  # tracing that fails forbids hooks on saved tensors
 
 
