@@ -12,6 +12,7 @@ number of ranks, and a longer run needs no other one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ def constant(*, warmup: float | str = 0.0) -> Schedule:
     >>> constant(warmup="10%")(0.05)
     0.5
     """
-    return _warmed(lambda _: 1.0, warmup)
+    return _warmed(functools.partial(_linear, 1.0), warmup)
 
 
 def linear(*, end: float = 0.0, warmup: float | str = 0.0) -> Schedule:
@@ -36,7 +37,7 @@ def linear(*, end: float = 0.0, warmup: float | str = 0.0) -> Schedule:
     0.75
     """
     _at_least_zero("end", end)
-    return _warmed(lambda progress: 1 + (end - 1) * progress, warmup)
+    return _warmed(functools.partial(_linear, end), warmup)
 
 
 def cosine(*, end: float = 0.0, warmup: float | str = 0.0) -> Schedule:
@@ -48,7 +49,7 @@ def cosine(*, end: float = 0.0, warmup: float | str = 0.0) -> Schedule:
     (0.5, 0.0)
     """
     _at_least_zero("end", end)
-    return _warmed(lambda progress: end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2, warmup)
+    return _warmed(functools.partial(_cosine, end), warmup)
 
 
 def one_cycle(*, peak: float = 0.3, start: float = 0.04, end: float = 4e-6, warmup: float | str = 0.0) -> Schedule:
@@ -64,13 +65,7 @@ def one_cycle(*, peak: float = 0.3, start: float = 0.04, end: float = 4e-6, warm
         raise ConfigurationError(f"one_cycle(peak={peak!r}): the peak lies between 0 and 1, as in 0.3")
     _at_least_zero("start", start)
     _at_least_zero("end", end)
-
-    def factor(progress: float) -> float:
-        if progress <= peak:
-            return _between(start, 1.0, progress / peak)
-        return _between(1.0, end, (progress - peak) / (1 - peak))
-
-    return _warmed(factor, warmup)
+    return _warmed(functools.partial(_one_cycle, peak, start, end), warmup)
 
 
 def inverse_sqrt(*, warmup: float | str = 0.05) -> Schedule:
@@ -84,7 +79,7 @@ def inverse_sqrt(*, warmup: float | str = 0.05) -> Schedule:
     warm = _fraction("warmup", warmup)
     if warm == 0:
         raise ConfigurationError("inverse_sqrt(warmup=0) begins at infinity: give a warm-up, as in '5%'")
-    return lambda progress: progress / warm if progress < warm else math.sqrt(warm / progress)
+    return functools.partial(_inverse_sqrt, warm)
 
 
 def step(*, at: Sequence[float | str], factor: float = 0.1, warmup: float | str = 0.0) -> Schedule:
@@ -99,21 +94,43 @@ def step(*, at: Sequence[float | str], factor: float = 0.1, warmup: float | str 
     _at_least_zero("factor", factor)
 
     # Points are of the whole run, with its warm-up: "75%" is where a reader looks for it.
-    warm = _fraction("warmup", warmup)
-    return _warmed(lambda progress: factor ** sum(warm + progress * (1 - warm) >= point for point in points), warmup)
+    return _warmed(functools.partial(_step, points, factor, _fraction("warmup", warmup)), warmup)
 
 
 def _warmed(schedule: Schedule, warmup: float | str) -> Schedule:
     warm = _fraction("warmup", warmup)
-    if warm == 0:
-        return schedule
+    return functools.partial(_after_warmup, schedule, warm) if warm else schedule
 
-    def warmed(progress: float) -> float:
-        if progress < warm:
-            return schedule(0.0) * progress / warm
-        return schedule((progress - warm) / (1 - warm))
 
-    return warmed
+# Functions of a module, so that a Loop can be sent to another process.
+
+
+def _after_warmup(schedule: Schedule, warm: float, progress: float) -> float:
+    if progress < warm:
+        return schedule(0.0) * progress / warm
+    return schedule((progress - warm) / (1 - warm))
+
+
+def _linear(end: float, progress: float) -> float:
+    return 1 + (end - 1) * progress
+
+
+def _cosine(end: float, progress: float) -> float:
+    return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _one_cycle(peak: float, start: float, end: float, progress: float) -> float:
+    if progress <= peak:
+        return _between(start, 1.0, progress / peak)
+    return _between(1.0, end, (progress - peak) / (1 - peak))
+
+
+def _inverse_sqrt(warm: float, progress: float) -> float:
+    return progress / warm if progress < warm else math.sqrt(warm / progress)
+
+
+def _step(points: Sequence[float], factor: float, warm: float, progress: float) -> float:
+    return factor ** sum(warm + progress * (1 - warm) >= point for point in points)
 
 
 def _fraction(name: str, value: float | str) -> float:

@@ -363,7 +363,10 @@ def check_ready(state: LoopState) -> None:
         OptimizerError: if there is no optimizer, or a trainable parameter that none covers.
     """
     if state.status == "running":
-        raise ConfigurationError("this Loop is running already: a hook of it cannot train with it too; use another Loop")
+        raise ConfigurationError(
+            "this Loop is running already, or was copied while it was: a hook of it cannot train with it too; use another, "
+            "which other.restore(loop.save()) puts where this one stands"
+        )
     if not state.optimizers:
         raise OptimizerError("this Loop has no optimizer, so it can evaluate and predict only: ax.Loop(objective, optimizer)")
     if not any(True for _ in state.objective.parameters()):

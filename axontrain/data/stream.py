@@ -252,7 +252,8 @@ class Stream:
         elif self.source is not None and self.source.once:
             why = "it is an iterator, which can be read once: pass an iterable that starts anew, as a list or a Loader"
         else:
-            why = f"it is {kind_of(self.data)}"
+            empty = isinstance(self.data, (list, tuple, dict)) and not self.data
+            why = f"it is {f'an empty {type(self.data).__name__}' if empty else kind_of(self.data)}"
         return EmptyDataError(f"{self.name} gave no batch: {why}")
 
     def _checked(self, batches: Iterator[Any], epoch: int, start: int) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from axontrain.errors import kind_of
@@ -45,6 +46,13 @@ def reading(batches: Iterator[Any], where: str) -> Generator[Any, None, None]:
         yield batch
 
 
+def _is_channels_last(module: nn.Module) -> bool:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return any(
+        p.dim() in last and not p.is_contiguous() and p.is_contiguous(memory_format=last[p.dim()]) for p in module.parameters()
+    )
+
+
 def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
     # NumPy's default is float64, torch's float32: the commonest first error of all, and torch does not say how to mend it.
     if "float64" in batch and ("dtype" in text or "Double" in text):
@@ -66,6 +74,13 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
     )
     if any(part in text for part in wrong):  # the last is a GPU's
         yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
+    if "must be Tensor, not numpy.ndarray" in text or ("ndarray" in batch and "has no attribute" in text):
+        yield (
+            "batches of your own are taken as they are: make tensors of NumPy arrays, as by torch.from_numpy; arrays of all "
+            "samples make an ax.ArrayDataset"
+        )
+    if "view size is not compatible" in text and _is_channels_last(module):
+        yield "with channels_last=True images lie otherwise in memory: .view(len(x), -1) cannot flatten them, .flatten(1) can"
     if "more than 1 value per channel" in text:
         yield (
             "a BatchNorm cannot train on one sample at a time: ax.Loader(..., drop_last=True) leaves a small last batch out, "
