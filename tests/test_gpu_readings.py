@@ -367,3 +367,19 @@ def test_skipped_updates_of_several_optimizers_are_counted_without_a_wait(monkey
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [update.skipped for update in loop.state.optimizers.values()] == [3, 3]
+
+
+def test_options_that_change_are_given_to_a_compiled_step_without_a_wait():
+    loop = ax.Loop(Images(), ax.Optimizer("sgd", lr=0.01, momentum=0.9), device="cuda", compile=True, progress=False)
+    optimizer, step = loop.state.optimizers["main"], loop._start.runner(None)
+    batch = torch.rand(8, 1, 8, 8, device="cuda"), torch.randint(10, (8,), device="cuda")
+    loop.objective.train()
+    for number in range(16):  # compiled, changed, compiled again, and held against eager
+        optimizer.set(momentum=0.8 if number < 8 else 0.7)
+        step(batch)
+    assert loop.report().how == "one graph"
+    with refused():
+        for number in range(4):
+            optimizer.set(momentum=0.5 + 0.1 * number)
+            step(batch)
+    assert loop.report().graphs == 2

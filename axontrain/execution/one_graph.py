@@ -112,13 +112,15 @@ class OneGraph:
     def _compared(self, graph: WholeStep | None, batch: Any, *, dynamic: bool = False, change: str = "") -> Step:
         """One of the first steps of a graph, held against eager; without a graph, one is compiled by it."""
         made, update, objective = self.made, self.update, self.run.objective
-        started = time.perf_counter()
+        started, uncopied = time.perf_counter(), ""
         try:
             expected, nudged = self._twins(batch)
             before, norms = Before(objective), sizes(objective)
         except Exception as error:
+            uncopied = f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}"
+        if uncopied:
             step = self.run(batch)  # whose error it may be
-            made.give_up(f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}")
+            made.give_up(uncopied)
             return step
         change = change if graph is None else "a graph does not fit its batch any more"
         try:

@@ -81,13 +81,15 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started = time.perf_counter()
+        started, uncopied = time.perf_counter(), ""
         try:
             expected, nudged = in_eager(objective, None, made.precision, batch)
             before = Before(objective)
         except Exception as error:
+            uncopied = f"the objective cannot be copied, to hold what is compiled against eager: {error}"
+        if uncopied:
             plain: Step = self.plain(batch)  # whose error it may be
-            made.give_up(f"the objective cannot be copied, to hold what is compiled against eager: {error}")
+            made.give_up(uncopied)
             return plain
         buffers = {name: before.named[name] for name, _ in objective.named_buffers()}
         try:

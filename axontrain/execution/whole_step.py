@@ -171,8 +171,8 @@ class WholeStep:
         """Take the options that vary, as they are now."""
         numbers = self.layout.forms[index].numbers(group)
         if numbers is not None and numbers != self.given[index]:
-            into = self.numbers[index]
-            into[: len(numbers)] = torch.tensor(numbers, dtype=into.dtype)
+            for place, value in zip(self.numbers[index], numbers, strict=False):
+                place.fill_(value)  # which does not wait for a device, as a copy from the host's memory would
             self.given[index] = numbers
         return numbers is not None
 

@@ -1007,3 +1007,9 @@ def test_a_compiled_step_that_fails_gives_eagers_error(whole, what):
         loops.fit(ax.ArrayDataset(x, y), epochs=2, batch_size=8)
     alike(eager, loop)
     assert loop.report().how == compiled
+
+
+def test_a_first_step_that_fails_fails_as_in_eager_and_once():
+    with pytest.raises(IndexError, match="out of bounds") as found:
+        made(Embeds).train_on_batch((torch.arange(8), torch.arange(8)))
+    assert found.value.__context__ is None
