@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
                 f"number of classes are known: pass an instance, metrics={{{name!r}: torchmetrics.F1Score(...)}}"
             )
         # Equality needs no number of classes, and micro-averaged accuracy is the same for any.
-        return Hits("MulticlassAccuracy", num_classes=2, average="micro"), _equal(name, layout)
+        return Hits("MulticlassAccuracy", num_classes=2, average="micro"), partial(_equal, name, layout)
     if kind == "perplexity" or kind not in (*_COUNTED, *_RANKED):
         if layout.task != "multiclass":
             raise MetricError(
@@ -121,72 +122,78 @@ def make(kind: str, name: str, predictions: Tensor, targets: Tensor) -> tuple[to
             )
         if kind == "perplexity":
             # With classes last, vectors as they lie in memory; moving the classes would copy the logits.
-            prepare = _scores(name, layout) if layout.dim == -1 else _aligned(name, layout)
+            prepare = partial(_scores, name, layout) if layout.dim == -1 else partial(_aligned, name, layout)
             return _in_double(Perplexity(ignore_index=IGNORED), predictions), prepare
         return _top(name, int(kind.removeprefix("top")), layout, predictions)
     if kind in _RANKED:
-        return Gathered(kind, layout.task == "multiclass"), _scores(name, layout)
+        return Gathered(kind, layout.task == "multiclass"), partial(_scores, name, layout)
     words, average = _COUNTED[kind]
     options: dict[str, Any] = {} if average is None or layout.task == "binary" else {"average": average}
     if layout.task != "binary":
         options |= {"num_classes" if layout.task == "multiclass" else "num_labels": layout.size}
     words = layout.task.capitalize() + words
     if layout.task != "multiclass":
-        return ThresholdCounts(words, layout.size, **options), _scores(name, layout)
+        return ThresholdCounts(words, layout.size, **options), partial(_scores, name, layout)
     if average == "micro":
-        return Hits(words, **options), _labels(name, layout)
+        return Hits(words, **options), partial(_labels, name, layout)
     counts = ConfusionCounts if kind in ("iou", "confusion_matrix") else ClassCounts
-    return counts(words, **options), _labels(name, layout)
+    return counts(words, **options), partial(_labels, name, layout)
 
 
-def _equal(name: str, layout: Layout) -> Prepare:
+# How predictions and targets are prepared for a metric: functions of the module, so that a Loop can be sent to another process.
+
+
+def _equal(
+    name: str, layout: Layout, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """Classes, predicted and true, as they are."""
-
-    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        found = predictions, targets.long()
-        return found if weights is None else (*found, None, layout.weights(name, weights, predictions, targets))
-
-    return prepare
+    found = predictions, targets.long()
+    return found if weights is None else (*found, None, layout.weights(name, weights, predictions, targets))
 
 
-def _aligned(name: str, layout: Layout) -> Prepare:
+def _aligned(
+    name: str, layout: Layout, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """Scores (B, C, ...) with targets (B, ...), and what of the targets is strange."""
-
-    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        found = *layout.align(predictions, targets), layout.strange(targets)
-        return found if weights is None else (*found, layout.weights(name, weights, predictions, targets))
-
-    return prepare
+    found = *layout.align(predictions, targets), layout.strange(targets)
+    return found if weights is None else (*found, layout.weights(name, weights, predictions, targets))
 
 
-def _labels(name: str, layout: Layout) -> Prepare:
+def _labels(
+    name: str, layout: Layout, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """Class indices, predicted and true, as vectors; and what of the targets is strange."""
-
-    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        labels = predictions.argmax(layout.dim)
-        found = labels.reshape(-1), layout.targets(targets).reshape(-1), layout.strange(targets)
-        return found if weights is None else (*found, layout.weights(name, weights, predictions, targets).reshape(-1))
-
-    return prepare
+    labels = predictions.argmax(layout.dim)
+    found = labels.reshape(-1), layout.targets(targets).reshape(-1), layout.strange(targets)
+    return found if weights is None else (*found, layout.weights(name, weights, predictions, targets).reshape(-1))
 
 
-def _scores(name: str, layout: Layout) -> Prepare:
+def _scores(
+    name: str, layout: Layout, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
     """Scores (N, C) with targets (N,), multilabel (N, L) both, binary (N,) both; and what of the targets is strange."""
+    strange, true = layout.strange(targets), layout.targets(targets)
+    each = None if weights is None else layout.weights(name, weights, predictions, targets)
+    if layout.task == "binary":
+        scores = predictions.reshape(-1)
+    else:
+        scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
+    if layout.task == "multilabel":
+        true = true.movedim(layout.dim, -1)
+        each = None if each is None else each.movedim(layout.dim, -1)
+    found = scores, true.reshape(scores.shape if layout.task == "multilabel" else -1), strange
+    return found if each is None else (*found, each.reshape(found[1].shape))
 
-    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        strange, true = layout.strange(targets), layout.targets(targets)
-        each = None if weights is None else layout.weights(name, weights, predictions, targets)
-        if layout.task == "binary":
-            scores = predictions.reshape(-1)
-        else:
-            scores = predictions.movedim(layout.dim, -1).reshape(-1, layout.size)
-        if layout.task == "multilabel":
-            true = true.movedim(layout.dim, -1)
-            each = None if each is None else each.movedim(layout.dim, -1)
-        found = scores, true.reshape(scores.shape if layout.task == "multilabel" else -1), strange
-        return found if each is None else (*found, each.reshape(found[1].shape))
 
-    return prepare
+def _highest(
+    name: str, layout: Layout, k: int, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """The classes of the ``k`` highest scores, targets beside them, and what of the targets is strange."""
+    indices = predictions.topk(k, layout.dim).indices
+    found = indices, layout.targets(targets).unsqueeze(layout.dim), layout.strange(targets)
+    if weights is None:
+        return found
+    return *found, layout.weights(name, weights, predictions, targets).unsqueeze(layout.dim)
 
 
 def _top(name: str, k: int, layout: Layout, predictions: Tensor) -> tuple[torchmetrics.Metric, Prepare]:
@@ -196,17 +203,8 @@ def _top(name: str, k: int, layout: Layout, predictions: Tensor) -> tuple[torchm
             f"{kind_of(predictions)} have {layout.size}: use 'top{layout.size}' at most"
         )
     metric = Hits("MulticlassAccuracy", num_classes=layout.size, average="micro")
-    if k == 1:  # exactly accuracy, ties too
-        return metric, _labels(name, layout)
-
-    def prepare(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        indices = predictions.topk(k, layout.dim).indices
-        found = indices, layout.targets(targets).unsqueeze(layout.dim), layout.strange(targets)
-        if weights is None:
-            return found
-        return *found, layout.weights(name, weights, predictions, targets).unsqueeze(layout.dim)
-
-    return metric, prepare
+    # With k = 1 exactly accuracy, ties too.
+    return metric, partial(_labels, name, layout) if k == 1 else partial(_highest, name, layout, k)
 
 
 class _OfClasses(torchmetrics.Metric):
@@ -654,7 +652,7 @@ class Determination(torchmetrics.R2Score):
 
 _ERRORS: dict[str, Callable[[], torchmetrics.Metric]] = {
     "mse": SquaredError,
-    "rmse": lambda: SquaredError(squared=False),
+    "rmse": partial(SquaredError, squared=False),
     "mae": AbsoluteError,
     "r2": Determination,
 }
@@ -665,39 +663,46 @@ def _regression(kind: str, name: str, predictions: Tensor, targets: Tensor) -> t
     # R² is a difference of large sums, which single precision would not survive.
     double = kind == "r2" and predictions.device.type != "mps"
 
-    def check(predictions: Tensor, targets: Tensor) -> None:
-        shape, wanted = predictions.shape, targets.shape
-        if kind == "cosine_similarity" and (shape != wanted or len(shape) < 2):
-            raise MetricError(
-                f"metric {name!r} compares vectors, (B, D) each, not predictions {kind_of(predictions)} with targets "
-                f"{kind_of(targets)}"
-            )
-        # (B, 1) against (B,) would broadcast to (B, B): a number, and the wrong one.
-        if shape != wanted and (*shape, 1) != wanted and shape != (*wanted, 1):
-            raise MetricError(
-                f"metric {name!r}: predictions {kind_of(predictions)} and targets {kind_of(targets)} must have one "
-                "shape, up to a trailing dimension of 1"
-            )
+    vectors = kind == "cosine_similarity"
+    _check_alike(name, vectors, predictions, targets)
+    return _in_double(metric, predictions), partial(_cosines, name) if vectors else partial(_elements, name, double)
 
-    def each(weights: Tensor, targets: Tensor, shape: torch.Size) -> Tensor:
-        found = spread(weights, shape)
-        if found is None:
-            raise misfit(name, weights, targets)
-        return precise(found).reshape(-1)
 
-    def elements(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
-        check(predictions, targets)
-        found = _real(predictions, double).reshape(-1), _real(targets, double).reshape(-1)
-        return found if weights is None else (*found, each(weights, targets, targets.shape))
+def _check_alike(name: str, vectors: bool, predictions: Tensor, targets: Tensor) -> None:
+    shape, wanted = predictions.shape, targets.shape
+    if vectors and (shape != wanted or len(shape) < 2):
+        raise MetricError(
+            f"metric {name!r} compares vectors, (B, D) each, not predictions {kind_of(predictions)} with targets "
+            f"{kind_of(targets)}"
+        )
+    # (B, 1) against (B,) would broadcast to (B, B): a number, and the wrong one.
+    if shape != wanted and (*shape, 1) != wanted and shape != (*wanted, 1):
+        raise MetricError(
+            f"metric {name!r}: predictions {kind_of(predictions)} and targets {kind_of(targets)} must have one "
+            "shape, up to a trailing dimension of 1"
+        )
 
-    def cosines(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
-        check(predictions, targets)
-        of, to = (_real(tensor.detach()).reshape(-1, tensor.shape[-1]) for tensor in (predictions, targets))
-        found = cosine_similarity(of, to, reduction="none")
-        return (found,) if weights is None else (found, each(weights, targets, targets.shape[:-1]))
 
-    check(predictions, targets)
-    return _in_double(metric, predictions), cosines if kind == "cosine_similarity" else elements
+def _each(name: str, weights: Tensor, targets: Tensor, shape: torch.Size) -> Tensor:
+    found = spread(weights, shape)
+    if found is None:
+        raise misfit(name, weights, targets)
+    return precise(found).reshape(-1)
+
+
+def _elements(
+    name: str, double: bool, predictions: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    _check_alike(name, False, predictions, targets)
+    found = _real(predictions, double).reshape(-1), _real(targets, double).reshape(-1)
+    return found if weights is None else (*found, _each(name, weights, targets, targets.shape))
+
+
+def _cosines(name: str, predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    _check_alike(name, True, predictions, targets)
+    of, to = (_real(tensor.detach()).reshape(-1, tensor.shape[-1]) for tensor in (predictions, targets))
+    found = cosine_similarity(of, to, reduction="none")
+    return (found,) if weights is None else (found, _each(name, weights, targets, targets.shape[:-1]))
 
 
 def _real(values: Tensor, double: bool = False) -> Tensor:

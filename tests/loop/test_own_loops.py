@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 
@@ -216,3 +217,22 @@ for step in steps:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-000000003"]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "one_cycle", "inverse_sqrt", "step"])
+def test_a_loop_that_was_pickled_goes_on_as_the_other_does(schedule, fitted):
+    made = getattr(ax.schedules, schedule)(warmup="10%", **({"at": ["50%"]} if schedule == "step" else {}))
+    loop = noisy_loop(
+        optimizer=ax.Optimizer("adamw", lr=0.01, schedule=made, average="ema"),
+        metrics=["accuracy", "top2", "f1", "iou", "auroc", "perplexity"],
+        callbacks=[ax.EarlyStopping("val/loss"), ax.LearningRate()],
+    )
+    if fitted:
+        loop.fit(TRAIN, TEST, epochs=1, batch_size=8)
+    sent = pickle.loads(pickle.dumps(loop))
+    for one in (loop, sent):
+        one.fit(TRAIN, TEST, epochs=2, batch_size=8)
+    for a, b in zip(loop.objective.state_dict().values(), sent.objective.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert sent.state.values == loop.state.values
