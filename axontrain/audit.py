@@ -202,6 +202,8 @@ def audit(
             with compiled.uncompiled(), _traced():
                 like.run(_Batches(batch, steps, operations, loop.device), microbatch)
 
+    notes += [around.left] if around.left else []
+
     def mean(count: int) -> float:
         return count // steps if count % steps == 0 else count / steps
 

@@ -373,7 +373,7 @@ COMMON = (
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is one that torch can compare and write anew, wherever: neither sparse, quantized, nor expanded."""
-    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.dtype not in COMMON:
+    if is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_nested or tensor.dtype not in COMMON:
         return False
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):  # as one that is spread over devices
         return False

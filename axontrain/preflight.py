@@ -20,6 +20,7 @@ from axontrain.checkpoint.encode import decode, encode
 from axontrain.data.stream import Stream
 from axontrain.errors import NonFiniteWarning, OptimizerError, kind_of
 from axontrain.execution import copying, modes
+from axontrain.execution.beginning import Around
 from axontrain.execution.microbatches import Cut
 from axontrain.execution.precision import Precision
 from axontrain.execution.run import clear_gradients
@@ -78,11 +79,11 @@ def preflight(
     and restored. The caller's objects and random generators stay bit for bit as they were, and what their code keeps
     elsewhere, as in global variables.
     """
-    report = Report()
+    report, around = Report(), list[Around]()
     with contextlib.ExitStack() as every:
         every.enter_context(randomness.kept())
         every.enter_context(_own_generators_kept(streams))
-        around = [every.enter_context(copying.untouched(one)) for one in (objective, evaluate_with) if one is not None]
+        around += [every.enter_context(copying.untouched(one)) for one in (objective, evaluate_with) if one is not None]
         every.enter_context(precision.settings())
         batches = {name: _first_batch(stream, seed, report) for name, stream in streams.items()}
         batch = batches["train"]
@@ -106,6 +107,7 @@ def preflight(
                 f"code of the objective changes what is not in it, and in no checkpoint: {'; '.join(changes[:MOST_CHANGES])}. "
                 f"Where results go by that, keep it in the objective, as a buffer or by get_extra_state"
             )
+    report.notes += [one.left for one in around if one.left]
     return report
 
 

@@ -177,7 +177,7 @@ def _setup(value: Any, place: str) -> None:
 
 def _attached(name: str, value: Any, place: str) -> None:
     """Check the state of a part that the engine attaches itself; those of others are their own affair."""
-    if name not in ("data", "microbatch", "scaler") and not name.startswith("cadence/"):
+    if name not in ("data", "microbatch", "scaler", "compile") and not name.startswith("cadence/"):
         return
     part = _texts(value, place)
     if name == "data":
@@ -197,8 +197,26 @@ def _attached(name: str, value: Any, place: str) -> None:
                 raise _wrong(part[key], f"{place}/{key}", "None, or a whole number above 0")
         for key in ("wait", "since"):
             _count(_of(part, key, place), f"{place}/{key}")
+    if name == "compile":
+        _compiled(part, place)
     if name.startswith("cadence/"):
         _cadence(part, place)
+
+
+def _compiled(part: Mapping[str, Any], place: str) -> None:
+    for key in ("main", "eager", "divided"):
+        _text(_of(part, key, place), f"{place}/{key}")
+    for key in ("since", "others", "misses", "in_a_row", "anew"):
+        _count(part.get(key, 0), f"{place}/{key}")
+    if part.get("last", -1) != -1:
+        _count(part["last"], f"{place}/last")
+    if not isinstance(part.get("variable", False), bool):
+        raise _wrong(part["variable"], f"{place}/variable", "true or false")
+    _listed(part.get("varying", []), f"{place}/varying")
+    for index, options in enumerate(_list(part.get("constants", []), f"{place}/constants")):
+        for key, value in _texts(options, f"{place}/constants/{index}").items():
+            for one in value if isinstance(value, (list, tuple)) else (value,):
+                _number(one, f"{place}/constants/{index}/{key}")
 
 
 def _optimizer(value: Any, place: str, objective: Mapping[str, Any]) -> None:

@@ -9,13 +9,16 @@ What has no form here is updated by its optimizer, outside of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
+
+from axontrain.errors import kind_of
 
 Numbers = Mapping[str, Any]  # options by name: numbers, or scalars on the device where they are others from step to step
 # params, grads, the state's tensors by key, the learning rate, options: it writes into params and state
@@ -45,10 +48,9 @@ class Form:
         """What those that vary are in a group, betas one by one; None where another algorithm would be needed."""
         found: list[float] = []
         for name in self.varying:
-            values = group[name] if name == "betas" else (group[name],)
-            if any(isinstance(value, Tensor) for value in values) or (name == "momentum" and not group[name]):
+            if not _is_number(group[name]) or (name == "momentum" and not group[name]):
                 return None
-            found += values
+            found += _each(group[name])
         return found
 
     def named(self, scalars: Tensor) -> Numbers:
@@ -76,7 +78,27 @@ def form(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], varying: Co
     made = FORMS.get(kind)
     if made is None:
         return f"{kind.__name__} has no form that one graph could take in; SGD, Adam and AdamW have"
+    for name in VARYING:
+        if name in group and not _is_number(group[name]):
+            return f"the optimizer's {name} is {kind_of(group[name])}, and not a number"
     return made(group, varying)
+
+
+def varying(optimizers: Iterable[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """The options of each group that can be scalars on the device, as they are now."""
+    return [
+        {name: [*map(float, _each(group[name]))] for name in VARYING if name in group and _is_number(group[name])}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return all(isinstance(one, Real) for one in _each(value))
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else (value,)
 
 
 def _split(group: Mapping[str, Any], names: Sequence[str], varying: Collection[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -110,8 +132,6 @@ def _sgd(group: Mapping[str, Any], varying: Collection[str]) -> Form | str:
 
 
 def _adam(group: Mapping[str, Any], varying: Collection[str]) -> Form | str:
-    if any(isinstance(beta, Tensor) for beta in group["betas"]):
-        return "Adam's betas are tensors"
     names = ("amsgrad", "weight_decay", "eps", "maximize", "decoupled_weight_decay", "betas")
     options, apart = _split(group, names, varying)
     amsgrad = bool(options["amsgrad"])
@@ -131,7 +151,7 @@ def _adam(group: Mapping[str, Any], varying: Collection[str]) -> Form | str:
             elif decays:
                 g = g + numbers["weight_decay"] * p
             if "betas" in apart:
-                mean.lerp_(g, (1 - first).to(mean.dtype))
+                mean.add_((g - mean) * (1 - first))  # lerp takes a weight of its own dtype, in which 1 - beta is rounded
                 square.mul_(second).add_(g * g * (1 - second))
             else:
                 mean.lerp_(g, 1 - first)

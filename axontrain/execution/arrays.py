@@ -54,6 +54,8 @@ def put_into(value: Any, before: bytes, copied: Any) -> None:
     if not is_numpy(value):
         value[:] = copied
         return
+    if value.shape != copied.shape:  # NumPy's own method has changed it
+        value.resize(copied.shape, refcheck=False)
     was = value.flags.writeable
     value.flags.writeable = True
     value[...] = copied

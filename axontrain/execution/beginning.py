@@ -16,6 +16,9 @@ from axontrain.execution.refilling import refill
 from axontrain.execution.surroundings import Surroundings
 from axontrain.guard import is_dense
 
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of what size
+MOST_BYTES = 2**28  # of tensors that the module does not hold itself, to be copied before a trial
+
 
 class Changing:
     """What a step may change of a module beside its parameters: found once, and looked up each step."""
@@ -73,18 +76,43 @@ class Around:
 
     def __init__(self, module: nn.Module, surroundings: Surroundings | None = None) -> None:
         self.surroundings = Surroundings(module) if surroundings is None else surroundings
-        self._tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in self.surroundings.kept().items()]
+        self._tensors, self._large = self._clones(module)
+        self.left = ""  # what could not be put back, in words
         self._drawn = [(generator, drawn_to(generator)) for generator in self.surroundings.contents.generators]
+
+    def _clones(self, module: nn.Module) -> tuple[list[tuple[str, Tensor, Tensor]], list[tuple[str, Tensor, int]]]:
+        """Tensors with what they hold; and with their versions those that are too large to be copied, or cannot be."""
+        parts = {id(vars(part)) for part in module.modules()}
+        own = {id(tensor) for _, where, _, tensor in self.surroundings.contents.tensors if id(where) in parts}
+        clones, others, room = [], [], MOST_BYTES
+        for name, tensor in self.surroundings.kept().items():
+            room -= 0 if id(tensor) in own else tensor.nbytes
+            try:
+                with torch._C.DisableTorchFunctionSubclass():
+                    copy = tensor.detach().clone() if id(tensor) in own or room >= 0 else None
+            except Exception:  # of a class of the user's
+                copy = None
+            if copy is None:
+                others.append((name, tensor, _version(tensor)))
+            else:
+                clones.append((name, tensor, copy))
+        return clones, others
 
     def changes(self) -> Iterator[str]:
         """What is another now, in words."""
         yield from self.surroundings.changes()
         for name, live, before in self._tensors:
-            if live.shape != before.shape or not torch.equal(live.nan_to_num(), before.nan_to_num()):
+            if not _same_bits(live, before):
                 yield f"{name} was written to"
+        yield from self._written()
         for generator, state in self._drawn:
             if drawn_to(generator) != state:
                 yield f"a {type(generator).__name__} of its own was drawn from"
+
+    def _written(self) -> Iterator[str]:
+        for name, tensor, version in self._large:
+            if _version(tensor) != version:
+                yield f"{name} was written to, and was too large to be kept"
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -94,11 +122,16 @@ class Around:
             Exception: of what cannot be, once all else is.
         """
         with contextlib.ExitStack() as every:  # none of them, nor Ctrl-C, keeps the others from it
+            every.callback(self._complain)
             for generator, state in self._drawn:
                 every.callback(draw_from, generator, state)
             for _, live, before in self._tensors:
-                every.callback(_restore, live, before)
+                every.callback(_restore_if_other, live, before)
             every.callback(self.surroundings.put_back)
+
+    def _complain(self) -> None:
+        if what := next(self._written(), ""):
+            raise ValueError(what)
 
 
 class Before:
@@ -139,6 +172,14 @@ class Before:
                 every.callback(_restore, live, before)
             every.callback(self._around.put_back)
 
+    def lost(self, *, gradients: bool = False) -> str:
+        """Put it back, and say what of the user's cannot be; "" if all is as it was."""
+        try:
+            self.put_back(gradients=gradients)
+        except Exception as error:
+            return f"what a step changes cannot be put back, to do it again in eager: {type(error).__name__}: {error}"
+        return ""
+
 
 def _refill_state(state: dict[Any, Any], known: dict[Any, dict[str, Any]]) -> None:
     """Have an optimizer keep what it kept."""
@@ -156,6 +197,21 @@ def _restore(live: Tensor, before: Tensor) -> None:
         live.data = before.clone()
     elif is_dense(live):
         live.detach().copy_(before)
+
+
+def _restore_if_other(live: Tensor, before: Tensor) -> None:
+    """Leave alone what is the same: it may be memory that cannot be written to, or be saved for somebody's backward pass."""
+    if not _same_bits(live, before):
+        _restore(live, before)
+
+
+def _same_bits(live: Tensor, before: Tensor) -> bool:
+    if live.shape != before.shape or live.dtype != before.dtype:
+        return False
+    with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        a, b = (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in (live, before))
+        bits = BITS.get(a.element_size())
+        return torch.equal(a, b) if bits is None or a.dtype is torch.bool else torch.equal(a.view(bits), b.view(bits))
 
 
 def _version(tensor: Tensor | None) -> int:

@@ -19,7 +19,8 @@ UNKNOWN = "something in the batch or in the module is another"
 FAMILIAR = (
     (
         r"attempted to call in-place operation \(aten::(\w+).* mutate a captured Tensor",
-        r"a step writes in place (\1) to a tensor that it does not compute and that is no buffer: register_buffer makes it one",
+        r"a step writes in place (\1) to a tensor that it has not computed: what it keeps can be a buffer (register_buffer), "
+        r"and of its batch it takes a copy",
     ),
     (
         r"Could not guard on data-dependent expression (.+?) \(unhinted",

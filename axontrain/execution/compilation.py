@@ -36,6 +36,7 @@ class Compilation:
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
         self.graphs: list[WholeStep] = []
+        self.current: WholeStep | None = None  # the one in use, of those
         self.parts: Parts | None = None
         self.report = StepReport("eager", "no step was done yet")
         self.main = ""  # the first batch's shape
@@ -46,9 +47,8 @@ class Compilation:
         self.misses, self.last, self.in_a_row = 0, -1, 0
         self.anew = 0  # steps in a row for which parts were compiled
         self.changed = UNKNOWN, ""  # for what, and the line
-        self.varying: set[str] = (
-            set()
-        )  # the optimizer's options that have changed: they are no constants of a graph from then on
+        self.varying: set[str] = set()  # options of the optimizer that have changed: they are constants of no graph any more
+        self.constants: list[dict[str, list[float]]] = []  # of each group, those that may change, as they are in the graphs
         self.restarted = False  # whether graphs of the run are not there because it was resumed
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
@@ -57,15 +57,17 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
-        # What has changed since the last step too: to a run that goes on from here it is what has always been.
-        varying = self.varying.union(*(graph.changed() for graph in self.graphs[-1:]))
-        return {name: getattr(self, name) for name in COUNTS} | self.seen | {"varying": sorted(varying)}
+        of_options = {"varying": sorted(self.varying), "constants": self.constants}
+        return {name: getattr(self, name) for name in COUNTS} | self.seen | of_options
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
         for name in COUNTS:
             setattr(self, name, state.get(name, getattr(self, name)))  # a run of before anew was counted has none
-        self.varying = set(state.get("varying", ()))
+        varying, constants = set(state.get("varying", ())), [dict(one) for one in state.get("constants", ())]
+        if (varying, constants) != (self.varying, self.constants):  # of graphs that the saved run had not made yet
+            self.clear()
+        self.varying, self.constants = varying, constants
         self.restarted = True
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
@@ -100,13 +102,23 @@ class Compilation:
         self.misses, self.last = self.misses + 1, step
         return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
 
-    def vary(self, options: set[str]) -> bool:
-        """Have these options be no constants any more; graphs in which they are go, as a run that is resumed has none."""
-        new = bool(options - self.varying)
+    def vary(self, options: list[dict[str, list[float]]]) -> bool:
+        """Have those be no constants any more that are others than when a graph was compiled, by this run or before it went on.
+
+        Graphs in which they are go: a run that is resumed later has none.
+        """
+        pairs = zip(options, self.constants, strict=False)
+        new = {name for now, before in pairs for name, value in before.items() if value != now.get(name, value)} - self.varying
         if new:
-            self.varying |= options
-            self.graphs.clear()
-        return new
+            self.varying = self.varying | new
+            self.restarted = False
+            self.clear()
+        return bool(new)
+
+    def clear(self) -> None:
+        """Let go of the graphs."""
+        self.graphs.clear()
+        self.current = None
 
     def counts(self, new: int, *, first: bool) -> None:
         """Count graphs that were compiled of parts for a step, one of the ``first`` or not.
@@ -132,9 +144,10 @@ class Compilation:
             )
             self.give_up(self.seen["eager"], line)
 
-    def takes(self, graph: WholeStep, change: str) -> None:
-        """Count a graph that was compiled; ``change`` says what did not fit those before."""
+    def takes(self, graph: WholeStep, change: str, options: list[dict[str, list[float]]]) -> None:
+        """Count a graph that was compiled with these options; ``change`` says what did not fit those before."""
         self.graphs.append(graph)
+        self.constants = [{name: of for name, of in group.items() if name not in self.varying} for group in options]
         self.report.how, self.report.reason = "one graph", ""
         self.report.graphs += 1
         if self.report.graphs > 1:
@@ -149,7 +162,7 @@ class Compilation:
         if seen:
             self.seen["divided"] = why
         self.divided, self.report.how, self.report.reason = why, "in parts", why
-        self.graphs.clear()
+        self.clear()
         if line:
             warn(
                 f"compile=True: the whole step cannot become one graph: {why}, at {line}. Forward and backward are compiled in "
@@ -171,8 +184,10 @@ class Compilation:
         self.seen["eager"] = f"compiled, a step differs from eager beyond rounding: {'; '.join(what[:4])}"
         self.give_up(self.seen["eager"])
 
-    def give_up(self, why: str, line: str = "") -> None:
-        """Do steps in eager from now on, and say so."""
+    def give_up(self, why: str, line: str = "", *, seen: bool = False) -> None:
+        """Do steps in eager from now on, and say so; ``seen`` if another try might go otherwise."""
+        if seen:
+            self.seen["eager"] = why
         self.eager, self.report.how, self.report.reason = why, "eager", why
-        self.graphs.clear()
+        self.clear()
         warn(f"compile=True: {why}{f', at {line}' if line else ''}. Steps are done in eager from here on")

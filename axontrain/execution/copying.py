@@ -28,7 +28,8 @@ def copied(objective: Objective) -> Objective:
 def untouched(objective: Objective) -> Iterator[Around]:
     """Leave what a copy shares with the objective as it was: global variables, closures, attributes of classes.
 
-    What there is of it in the objective itself, too; not its parameters and buffers, nor the global random generators.
+    What there is of it in the objective itself, too; not its parameters and buffers, nor the global random generators. What
+    cannot be put back is told by ``left``. What another thread writes there meanwhile is taken for the trial's, and put back.
 
     >>> seen = []
     >>> def note(value):
@@ -46,7 +47,10 @@ def untouched(objective: Objective) -> Iterator[Around]:
     try:
         yield around
     finally:
-        around.put_back()
+        try:
+            around.put_back()
+        except Exception as error:  # of the user's
+            around.left = f"what code of the objective changes elsewhere cannot be put back: {type(error).__name__}: {error}"
 
 
 def shared(around: Around, copy: Objective) -> list[str]:

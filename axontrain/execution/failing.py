@@ -24,21 +24,26 @@ def fail(error: Exception, objective: Objective, precision: Precision, batch: An
     # After an assertion on a GPU nothing more is computed on it.
     if out_of_memory(error) or "CUDA error" in str(error) or not _is_of_a_kernel(error):
         raise error
-    try:
-        twin = Twin(objective, None, precision)
-    except Exception:  # it cannot be copied, or there is not the memory for it
-        raise error from None
+    found: Exception | None = None
     try:
         with untouched(objective):
-            twin.step(batch)
-    except Exception as found:
-        if out_of_memory(found):
-            raise error from None
-        compiled = str(error).strip().partition("\n")[0].rpartition(", ")[2]
-        found.add_note(f"as it fails in eager, on a copy; compiled, it fails by: {compiled}")
-        raise found from None
-    error.add_note("in eager, on a copy, the same step does not fail: Loop(..., compile=False) trains without what is compiled")
-    raise error
+            twin = Twin(objective, None, precision)
+            try:
+                twin.step(batch)
+            except Exception as failed:
+                found = failed
+    except Exception:  # it cannot be copied, or there is not the memory for it
+        raise error from None
+    if found is None:
+        error.add_note(
+            "in eager, on a copy, the same step does not fail: Loop(..., compile=False) trains without what is compiled"
+        )
+        raise error
+    if out_of_memory(found):
+        raise error
+    compiled = str(error).strip().partition("\n")[0].rpartition(", ")[2]
+    found.add_note(f"as it fails in eager, on a copy; compiled, it fails by: {compiled}")
+    raise found from None
 
 
 def _is_of_a_kernel(error: Exception) -> bool:

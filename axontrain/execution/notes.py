@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from axontrain.errors import kind_of
 
@@ -49,7 +50,8 @@ def reading(batches: Iterator[Any], where: str) -> Generator[Any, None, None]:
 def _is_channels_last(module: nn.Module) -> bool:
     last = {4: torch.channels_last, 5: torch.channels_last_3d}
     return any(
-        p.dim() in last and not p.is_contiguous() and p.is_contiguous(memory_format=last[p.dim()]) for p in module.parameters()
+        not is_lazy(p) and p.dim() in last and not p.is_contiguous() and p.is_contiguous(memory_format=last[p.dim()])
+        for p in module.parameters()
     )
 
 
@@ -74,7 +76,7 @@ def _hints(text: str, batch: str, module: nn.Module) -> Iterator[str]:
     )
     if any(part in text for part in wrong):  # the last is a GPU's
         yield "cross_entropy takes class numbers of dtype int64: convert the targets, as by .long()"
-    if "must be Tensor, not numpy.ndarray" in text or ("ndarray" in batch and "has no attribute" in text):
+    if "must be Tensor, not numpy.ndarray" in text or "'numpy.ndarray' object has no attribute" in text:
         yield (
             "batches of your own are taken as they are: make tensors of NumPy arrays, as by torch.from_numpy; arrays of all "
             "samples make an ax.ArrayDataset"

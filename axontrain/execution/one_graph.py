@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from axontrain.execution.algorithms import varying
 from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import UNKNOWN, reason_of
 from axontrain.execution.compilation import Compilation
@@ -18,7 +19,7 @@ from axontrain.execution.failing import fail
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
-from axontrain.execution.twin import Outcome, differences, in_eager, of_step, sizes
+from axontrain.execution.twin import Outcome, differences, in_eager, of_step, sizes, untried_for
 from axontrain.execution.whole_step import WholeStep
 from axontrain.guard import has_hooks
 from axontrain.objective import Step
@@ -37,10 +38,10 @@ class OneGraph:
     def __init__(self, run: OneLoss, state: LoopState, made: Compilation) -> None:
         self.run, self.state, self.made = run, state, made
         (self.update,) = state.optimizers.values()
-        self.graph: WholeStep | None = None  # the one in use
+        made.current = None  # that of a fit before may be of other hooks
 
     def __call__(self, batch: Any) -> Step:
-        graph, update = self.graph, self.update
+        graph, update = self.made.current, self.update
         if graph is None or update.veto is not None or self._watched():
             return self._otherwise(batch)
         update.ready()
@@ -65,7 +66,7 @@ class OneGraph:
         made, update = self.made, self.update
         under = torch._C._len_torch_dispatch_stack()  # what is compiled under a mode, torch never runs again
         if made.eager or made.divided or update.veto is not None or under or self._watched():
-            self.graph = None
+            made.current = None
             return self.run(batch)
         update.ready()
         for graph in made.graphs:
@@ -79,16 +80,14 @@ class OneGraph:
             except Exception as error:
                 fail(error, self.run.objective, made.precision, batch)
             if step is not None:
-                self.graph = graph if not graph.dynamic else self.graph
+                made.current = graph if not graph.dynamic else made.current
                 update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
                 return step
         how = made.how(batch, self.state.step)
         if how == "eager":
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
-        if made.graphs and made.vary(made.graphs[-1].changed()):
-            self.graph = None
-        elif made.in_vain(self.state.step):
+        if not made.vary(varying(update.optimizers)) and made.in_vain(self.state.step):
             told = change or UNKNOWN
             self._in_parts(
                 f"a step fits none of the graphs before ({told}), of which there are {made.report.graphs}", seen=True
@@ -97,7 +96,6 @@ class OneGraph:
         return self._compared(None, batch, dynamic=how == "dynamic", change=change)
 
     def _in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
-        self.graph = None
         self.made.go_in_parts(why, line, seen=seen)
         self.run.train_step = self.made.parts = Parts(self.run.objective, self.run.train_step, self.made)
 
@@ -112,15 +110,15 @@ class OneGraph:
     def _compared(self, graph: WholeStep | None, batch: Any, *, dynamic: bool = False, change: str = "") -> Step:
         """One of the first steps of a graph, held against eager; without a graph, one is compiled by it."""
         made, update, objective = self.made, self.update, self.run.objective
-        started, uncopied = time.perf_counter(), ""
+        started, untried = time.perf_counter(), ""
         try:
             expected, nudged = self._twins(batch)
             before, norms = Before(objective), sizes(objective)
         except Exception as error:
-            uncopied = f"the objective or its optimizer cannot be copied, to hold what is compiled against eager: {error}"
-        if uncopied:
+            untried = untried_for(error)
+        if untried:
             step = self.run(batch)  # whose error it may be
-            made.give_up(uncopied)
+            made.give_up(untried, seen=True)
             return step
         change = change if graph is None else "a graph does not fit its batch any more"
         try:
@@ -135,14 +133,15 @@ class OneGraph:
                 )
                 before.take_state(update.optimizers)
                 given = graph.first(batch)
-                made.takes(graph, change)
+                made.takes(graph, change, varying(update.optimizers))
             assert given is not None  # by one or the other
             step = given
         except Exception as error:
             if out_of_memory(error):
                 raise
-            before.put_back()
-            if dynamic or (graph is not None and graph.dynamic):
+            if lost := before.lost():
+                made.give_up(lost, seen=True)
+            elif dynamic or (graph is not None and graph.dynamic):
                 made.fixed = reason_of(error)[0]
                 made.graphs[:] = [one for one in made.graphs if not one.dynamic]
             else:
@@ -160,12 +159,13 @@ class OneGraph:
             told = differences(found, *self._twins(batch, functional=True), norms, made.precision)
             now.put_back()
         if told:
-            before.put_back()
             made.differs(told)
+            if lost := before.lost():
+                made.give_up(lost, seen=True)
             return self.run(batch)
         graph.left -= not bool(step.skipped)  # where nothing was finite, nothing was compared
         if not graph.left and not graph.dynamic:
-            self.graph = graph
+            made.current = graph
         made.report.compared += 1
         made.report.seconds += time.perf_counter() - started
         update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from axontrain.execution.failing import fail
 from axontrain.execution.inductor import Backend, not_donated
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
-from axontrain.execution.twin import COMPARED, differences, in_eager, of_step
+from axontrain.execution.twin import COMPARED, differences, in_eager, of_step, untried_for
 from axontrain.objective import Objective, Step
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ class Parts:
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
         made, objective = self.made, self.objective
-        started, uncopied = time.perf_counter(), ""
+        started, untried = time.perf_counter(), ""
         try:
             expected, nudged = in_eager(objective, None, made.precision, batch)
             before = Before(objective)
         except Exception as error:
-            uncopied = f"the objective cannot be copied, to hold what is compiled against eager: {error}"
-        if uncopied:
+            untried = untried_for(error)
+        if untried:
             plain: Step = self.plain(batch)  # whose error it may be
-            made.give_up(uncopied)
+            made.give_up(untried, seen=True)
             return plain
         buffers = {name: before.named[name] for name, _ in objective.named_buffers()}
         try:
@@ -105,12 +105,14 @@ class Parts:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            before.put_back(gradients=True)
-            made.give_up(*reason_of(error))
+            lost = before.lost(gradients=True)
+            why, line = (lost, "") if lost else reason_of(error)
+            made.give_up(why, line, seen=bool(lost))
             return self.plain(batch)  # type: ignore[no-any-return]
         if told := differences(found, expected, nudged, {}, made.precision):
-            before.put_back(gradients=True)
             made.differs(told)
+            if lost := before.lost(gradients=True):
+                made.give_up(lost, seen=True)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left -= 1
         self.shapes.add(shapes(batch))

@@ -23,6 +23,8 @@ from axontrain.execution.views import MISSING, held, peek
 from axontrain.execution.wording import called, shown
 from axontrain.guard import is_dense
 
+WALKS = 5  # at most
+
 
 class Surroundings:
     """What there was when it was made. Of tensors and generators it says which there are, and no more.
@@ -38,7 +40,7 @@ class Surroundings:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        found = self.contents = Contents(module)
+        found = self.contents = _walked(module)
         self._named = [(place.what, place.where, len(place.where)) for place in found.places if place.whole]
         self._keyed = [(one.what, one.where) for one in found.places if one.ordered and 1 < len(one.where) <= MOST]
         self._orders = [[*where] for _, where in self._keyed]
@@ -52,7 +54,7 @@ class Surroundings:
         """The tensors that are neither parameters nor buffers, by name, of those that can be written to."""
         others: dict[int, tuple[str, Tensor]] = {}
         for what, _, key, tensor in self.contents.tensors:
-            if id(tensor) not in self._known and is_dense(tensor):
+            if id(tensor) not in self._known and not tensor.is_meta and is_dense(tensor):
                 others.setdefault(id(tensor), (f"the tensor of {called(key)} of {what}", tensor))
         named: dict[str, Tensor] = {}
         for name, tensor in others.values():
@@ -96,6 +98,14 @@ class Surroundings:
                 every.callback(refill, one, [*members])
             for array, before, copied in self._arrays:
                 every.callback(put_into, array, before, copied)
+
+
+def _walked(module: nn.Module) -> Contents:
+    """What is found; once more, where another thread of the user's has changed the size of something meanwhile."""
+    for _ in range(WALKS - 1):
+        with contextlib.suppress(RuntimeError):
+            return Contents(module)
+    return Contents(module)
 
 
 def alike(now: Any, before: Any) -> bool:

@@ -22,6 +22,7 @@ from axontrain import randomness
 from axontrain.data.structure import tensors
 from axontrain.execution.copying import copied, shared, untouched
 from axontrain.execution.functional import PREFIX, Forward, differentiated
+from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.precision import Precision
 from axontrain.execution.steps import check
 from axontrain.objective import Objective, Step
@@ -145,8 +146,19 @@ def in_eager(
         if taken := shared(around, twin.objective):
             raise ValueError(taken[0])
         expected = twin.step(batch, functional=functional)
+        del twin  # there may not be the memory for two
         around.put_back()
-        return expected, Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
+        nudged = Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
+    if around.left:
+        raise ValueError(around.left)
+    return expected, nudged
+
+
+def untried_for(error: Exception) -> str:
+    """Why a compiled step cannot be held against eager, and is not to be trusted."""
+    if out_of_memory(error):
+        return "there is not the memory to hold what is compiled against eager, on a copy"
+    return f"what is compiled cannot be held against eager, on a copy of the objective and its optimizer: {error}"
 
 
 def of_step(step: Step, objective: Objective, before: Mapping[str, Tensor], update: Update | None = None) -> Outcome:

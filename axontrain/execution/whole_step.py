@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from axontrain.execution.algorithms import VARYING, Form, begin, form
+from axontrain.execution.algorithms import Form, begin, form
 from axontrain.execution.breaks import UntraceableError, in_short, trying
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.inductor import Backend, ClosedError
@@ -175,15 +175,6 @@ class WholeStep:
                 place.fill_(value)  # which does not wait for a device, as a copy from the host's memory would
             self.given[index] = numbers
         return numbers is not None
-
-    def changed(self) -> set[str]:
-        """Which of the options that may vary are constants in it, and others now."""
-        return {
-            name
-            for (optimizer, number), one in zip(self.layout.places, self.layout.forms, strict=True)
-            for name, value in one.options.items()
-            if name in VARYING and optimizer.param_groups[number][name] != value
-        }
 
     def begin(self) -> None:
         """Make the state that the optimizers lack, as after a state was restored from before their first step."""

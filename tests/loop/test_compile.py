@@ -247,12 +247,58 @@ class Turns(ax.Callback):
             state.optimizers["main"].set(weight_decay=(0.2, 0.01, 0.05)[state.step // 3 % 3])
 
 
-@pytest.mark.slow
-def test_so_it_is_where_options_of_the_optimizer_change(tmp_path):
-    def run(**options):
-        return made(Deep, OPTIMIZERS["adamw"], callbacks=[Turns()], **options)
+BETAS = ((0.9, 0.99), (0.8, 0.99), (0.85, 0.999))  # of which, unlike of weight decay, a scalar in a tensor gives other bits
 
-    assert [one for one in goes_on(run, tmp_path, (1, 2, 4, 8, 9, 25)) if one[1]] == []
+
+class BetasOfABatch(ax.Callback):
+    def before_batch(self, state):
+        state.optimizers["main"].set(betas=BETAS[state.step // 6 % 3])
+
+
+class BetasOfAnEpoch(ax.Callback):
+    def before_epoch(self, state):
+        state.optimizers["main"].set(betas=BETAS[state.epoch % 3])
+
+
+class BetasBetween(ax.Callback):
+    """Others between two steps, but in all of them the same."""
+
+    def before_batch(self, state):
+        state.optimizers["main"].set(betas=BETAS[0])
+
+    def after_batch(self, state):
+        state.optimizers["main"].set(betas=BETAS[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changing", [Turns, BetasOfABatch, BetasOfAnEpoch, BetasBetween])
+def test_so_it_is_where_options_of_the_optimizer_change(changing, tmp_path):
+    def run(**options):
+        return made(Deep, OPTIMIZERS["adamw"], callbacks=[changing()], **options)
+
+    assert [one for one in goes_on(run, tmp_path, (1, 2, 6, 9, 10, 25)) if one[1]] == []
+
+
+@pytest.mark.slow
+def test_what_is_restored_into_a_loop_that_has_graphs_goes_on_as_in_one_that_has_none(tmp_path):
+    def run():
+        return made(Net, ax.Optimizer("adamw", lr=1e-2), callbacks=[BetasOfABatch()])
+
+    ends, first = [], run()
+
+    @first.on("after_batch")
+    def keep(state):
+        if state.step == 4:
+            first.save(tmp_path / "at4")
+
+    first.fit(table(), epochs=2, batch_size=16)
+    ends.append(copy.deepcopy(first.objective.state_dict()))
+    for loop in (first, run()):
+        loop.restore(tmp_path / "at4")
+        loop.fit(table(), epochs=2, batch_size=16, resume=True)
+        ends.append(loop.objective.state_dict())
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), end.values(), strict=True))
 
 
 def one_cycle(optimizer):

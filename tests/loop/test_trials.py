@@ -2,7 +2,10 @@
 
 import itertools
 import random
+import subprocess
+import sys
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ from test_compile import Net, alike, made, table
 from torch import nn
 
 import axontrain as ax
-from axontrain.execution import flops
+from axontrain.execution import flops, surroundings, twin
 from axontrain.execution.nonfinite import replay
+from axontrain.execution.refilling import refill
 
 COUNT = 0
 SEEN = []
@@ -197,3 +201,177 @@ def test_a_check_says_what_no_checkpoint_has(kind, told):
     report = made(kind, compile=False).check(table(), batch_size=16)
     assert any(note.startswith("code of the objective changes what is not in it") and told in note for note in report.notes)
     assert not any("code of the objective" in note for note in made(Net, compile=False).check(table(), batch_size=16).notes)
+
+
+READ_ONLY = """
+import numpy as np, torch, axontrain as ax
+from torch import nn
+np.save("features.npy", np.ones((4, 8), np.float32))
+import warnings
+warnings.simplefilter("ignore")
+FEATURES = torch.from_numpy(np.load("features.npy", mmap_mode="r"))
+class Reads(ax.Objective):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(8, 2)
+    def predict(self, x):
+        return self.net(x + FEATURES[:1])
+    def loss(self, logits, labels):
+        return nn.functional.cross_entropy(logits, labels)
+data = ax.ArrayDataset(torch.randn(32, 8), torch.arange(32) % 2)
+loop = ax.Loop(Reads(), ax.Optimizer("sgd", lr=0.1), progress=False)
+print(loop.check(data, batch_size=8).ok)
+print(ax.audit(loop, data.gather(torch.arange(8)), steps=1).steps)
+"""
+
+
+def test_memory_that_cannot_be_written_to_is_only_read(tmp_path):
+    (tmp_path / "reads.py").write_text(READ_ONLY)
+    done = subprocess.run([sys.executable, "reads.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "1"]), done.stderr
+
+
+GENERATOR = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+class AgainstIt(Net):
+    def predict(self, inputs):
+        return self.net(inputs - GENERATOR(torch.zeros(len(inputs), 8)).detach())
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_graph_of_autograds_that_is_held_meanwhile_stays_good(compile):
+    loop, x = made(AgainstIt, compile=compile), torch.randn(16, 8)
+    for _ in range(4):
+        generated = GENERATOR(x)
+        loop.train_on_batch((generated.detach(), torch.arange(16) % 2))
+        loop.check(table(), batch_size=16)
+        generated.square().mean().backward()
+
+
+ROWS = torch.zeros(64, 2)
+
+
+class ByRows(Net):
+    def loss(self, logits, labels):
+        return super().loss(logits + ROWS[labels], labels)
+
+
+class IntoRows(ByRows):
+    def loss(self, logits, labels):
+        ROWS[0] += 0.01
+        return super().loss(logits, labels)
+
+
+def test_of_large_tensors_it_is_only_seen_whether_they_are_written_to(monkeypatch):
+    monkeypatch.setattr("axontrain.execution.beginning.MOST_BYTES", 64)
+    ROWS.zero_()
+    report = made(ByRows, compile=False).check(table(), batch_size=16)
+    assert not any("ROWS" in note for note in report.notes)
+    told = "ROWS of the global variables that ByRows.loss names was written to, and was too large to be kept"
+    report = made(IntoRows, compile=False).check(table(), batch_size=16)
+    assert any("cannot be put back" in note and told in note for note in report.notes)
+    loop = made(IntoRows)
+    with pytest.warns(ax.AxonWarning, match=told):
+        loop.fit(table(), epochs=1, batch_size=16)
+    assert loop.report().how == "eager"
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+META = torch.zeros(3, device="meta")
+RESIZED = np.zeros(2)
+SCALED = torch.ones(2)
+
+
+class Refuses(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("clone", "detach"):
+            raise RuntimeError("not to be copied")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+REFUSES = torch.ones(2).as_subclass(Refuses)
+
+
+class LooksAtAll(Net):
+    def loss(self, logits, labels):
+        RESIZED.resize(RESIZED.size + 1, refcheck=False)
+        assert NESTED.is_nested
+        assert META.is_meta
+        assert REFUSES.shape == (2,)
+        return super().loss(logits, labels)
+
+
+def test_what_is_unusual_keeps_nobody_from_a_trial():
+    loop, size = made(LooksAtAll, compile=False), RESIZED.size
+    assert loop.check(table(), batch_size=16).ok
+    ax.audit(loop, table().gather(torch.arange(16)), steps=1)
+    assert RESIZED.size == size
+
+
+def test_a_walk_is_made_once_more_where_something_changes_its_size_meanwhile(monkeypatch):
+    left = [RuntimeError("dictionary changed size during iteration")] * 2
+    genuine = surroundings.Contents
+
+    def walked(module):
+        if left:
+            raise left.pop()
+        return genuine(module)
+
+    monkeypatch.setattr(surroundings, "Contents", walked)
+    made(Globally, compile=False).check(table(), batch_size=16)
+    assert (COUNT, left) == (0, [])
+    left += [RuntimeError("dictionary changed size during iteration")] * 99
+    with pytest.raises(RuntimeError, match="changed size"):
+        made(Globally, compile=False).check(table(), batch_size=16)
+
+
+class ByASlot:
+    __slots__ = ("steps",)
+
+    def __init__(self):
+        self.steps = 0
+
+
+KEPT = ByASlot()
+
+
+class Stubborn(Net):
+    def loss(self, logits, labels):
+        KEPT.steps += 1
+        return super().loss(logits, labels) / (1 + 0.1 * KEPT.steps)
+
+
+def test_what_cannot_be_put_back_is_told_and_ends_comparisons(monkeypatch):
+    def refuse(where, items):
+        if getattr(where, "owner", None) is KEPT:
+            raise ValueError("steps only grow")
+        return refill(where, items)
+
+    monkeypatch.setattr(surroundings, "refill", refuse)
+    report = made(Stubborn, compile=False).check(table(), batch_size=16)
+    assert any("cannot be put back: ValueError: steps only grow" in note for note in report.notes)
+    audit = ax.audit(made(Stubborn, compile=False), table().gather(torch.arange(16)), steps=1)
+    assert any("steps only grow" in note for note in audit.notes)
+    loop = made(Stubborn)
+    with pytest.warns(ax.AxonWarning, match=r"cannot be held against eager, on a copy .*steps only grow"):
+        loop.fit(table(), epochs=1, batch_size=16)
+    assert loop.report().how == "eager"
+
+
+def test_there_is_one_copy_at_a_time(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    genuine = twin.copied
+
+    def copied(objective):
+        most.append(len(alive))
+        found = genuine(objective)
+        alive.add(found)
+        return found
+
+    monkeypatch.setattr(twin, "copied", copied)
+    made(Net).fit(table(), epochs=1, batch_size=16)
+    assert most == [0] * 6
