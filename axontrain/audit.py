@@ -196,13 +196,16 @@ def audit(
         like, notes = _copy(loop, callbacks)
         notes += shared(around, like.objective)
         breaks, calls, operations = compiled.breaks(), Calls(), Operations(loop.device)
-        with _kept(callbacks):
+        with _kept(callbacks), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "average=", AxonWarning)  # of what the copy has not reached
             plain = like.run(_Batches(batch, steps, calls, loop.device), microbatch)
             breaks = compiled.breaks() - breaks
             with compiled.uncompiled(), _traced():
                 like.run(_Batches(batch, steps, operations, loop.device), microbatch)
 
     notes += [around.left] if around.left else []
+    if plain.graphs:
+        notes.append("torch compiled anew in the steps that were counted: of the calls most are its compiler's")
 
     def mean(count: int) -> float:
         return count // steps if count % steps == 0 else count / steps

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import math
 from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from axontrain.host import Fetch, placed
 from axontrain.optimizer import Optimizer, build, parts
 from axontrain.readings import Later, Reading, at_once, numbers, together
 from axontrain.schedule_free import OwnAverage, averaging
-from axontrain.shown import NAME, plain
+from axontrain.shown import NAME, plain, quoted
 
 # Flags wait on the device until a reading; a loop that never reads reads here.
 MOST_PENDING = 1024
@@ -414,12 +415,15 @@ class Update:
 
         Raises:
             UnknownNameError: for an option that the algorithm has not.
+            ConfigurationError: for a value that it cannot be; nothing is changed then.
         """
         groups = self._groups()
         for name in options:
             known = builtins.set.intersection(*({*group} for group in groups)) - {"params", "initial_lr"}
             if name not in known:
                 raise unknown(f"option of the optimizer {self.name!r}:", name, known)
+        for name, value in options.items():
+            _check_option(self.name, name, value, groups[0][name])
         if "lr" in options:
             factor = float(options.pop("lr")) / float(groups[0]["initial_lr"])
             for group in groups:
@@ -861,3 +865,20 @@ def _restored(saved: Any, own: Any) -> Any:
     if isinstance(saved, list) and isinstance(own, (list, tuple)) and len(saved) == len(own):
         return type(own)(_restored(a, b) for a, b in zip(saved, own, strict=True))
     return saved
+
+
+def _check_option(optimizer: str, name: str, value: Any, now: Any) -> None:
+    """Raise unless a value can be one of an option: torch looks at them only when an optimizer is made."""
+    asked = f"set({name}={quoted(value)}) of the optimizer {optimizer!r}"
+    if isinstance(now, bool) and not isinstance(value, bool):
+        raise ConfigurationError(f"{asked}: True or False")
+    if isinstance(now, (int, float)) and not isinstance(now, bool) and not isinstance(value, Tensor) and not _is_size(value):
+        raise ConfigurationError(f"{asked}: a finite number, 0 or more")
+    if name == "betas":
+        pair = value if isinstance(value, (tuple, list)) and len(value) == len(now) else ()
+        if not pair or not all(isinstance(one, Tensor) or (_is_size(one) and one < 1) for one in pair):
+            raise ConfigurationError(f"{asked}: {len(now)} numbers from 0 to 1, 1 itself left out")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf

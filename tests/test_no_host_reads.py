@@ -1,6 +1,7 @@
 """Between readings nothing waits for the device: a read of one number a step would cost more than the step."""
 
 import io
+import math
 
 import pytest
 import torch
@@ -164,7 +165,8 @@ def test_evaluate_reads_as_often_over_much_data_as_over_little(reads, batches):
     assert 0 < of(samples(10)) == of(samples(batches))
 
 
-def test_own_loop_reads_nothing_until_it_asks(reads):
+def test_own_loop_reads_nothing_until_it_asks(reads, monkeypatch):
+    monkeypatch.setattr("axontrain.loop.READ_EVERY_SECONDS", math.inf)  # what was skipped is asked for now and then
     loop = ax.Loop(ax.Supervised(noisy(), "cross_entropy"), ax.Optimizer("adamw", lr=0.01, clip_norm=1.0), progress=False)
     batch = (torch.randn(4, 6), torch.randint(3, (4,)))
     loop.train_on_batch(batch)

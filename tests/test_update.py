@@ -1,3 +1,4 @@
+import copy
 import math
 import warnings
 
@@ -1205,3 +1206,26 @@ def test_of_several_updates_a_step_one_that_counts_moves_the_average():
         loop.fit(data(4), epochs=1)
     average = loop.state.optimizers["net"].average
     assert not torch.equal(average.average["net.weight"], Twice().net.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"weight_decay": "a"}, r"set\(weight_decay='a'\) of the optimizer 'main': a finite number, 0 or more"),
+        ({"weight_decay": -5.0}, "0 or more"),
+        ({"lr": -1.0}, "0 or more"),
+        ({"lr": float("nan")}, "a finite number"),
+        ({"betas": (2, 3)}, "2 numbers from 0 to 1"),
+        ({"betas": 0.9}, "2 numbers from 0 to 1"),
+        ({"amsgrad": 1}, "True or False"),
+        ({"lr": 0.5, "eps": None}, "a finite number"),
+    ],
+)
+def test_what_no_option_can_be_is_refused_and_nothing_is_changed(options, told):
+    loop = ax.Loop(ax.Supervised(nn.Linear(2, 2), "cross_entropy"), ax.Optimizer("adamw", lr=0.1), progress=False)
+    update = loop.state.optimizers["main"]
+    before = copy.deepcopy(update.optimizers[0].param_groups)
+    with pytest.raises(ax.ConfigurationError, match=told):
+        update.set(**options)
+    for group, old in zip(update.optimizers[0].param_groups, before, strict=True):
+        assert {**group, "params": 0} == {**old, "params": 0}

@@ -212,7 +212,8 @@ def _compiled(part: Mapping[str, Any], place: str) -> None:
         _count(part["last"], f"{place}/last")
     if not isinstance(part.get("variable", False), bool):
         raise _wrong(part["variable"], f"{place}/variable", "true or false")
-    _listed(part.get("varying", []), f"{place}/varying")
+    for key in ("varying", "made"):
+        _listed(part.get(key, []), f"{place}/{key}")
     for index, options in enumerate(_list(part.get("constants", []), f"{place}/constants")):
         for key, value in _texts(options, f"{place}/constants/{index}").items():
             for one in value if isinstance(value, (list, tuple)) else (value,):

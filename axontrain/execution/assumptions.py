@@ -21,19 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as of_modules
 
 from axontrain.execution.arrays import content_of
-from axontrain.execution.contents import HOOKS
+from axontrain.execution.contents import HOOKS, OF_EVERY
 from axontrain.execution.generators import drawn_to
 from axontrain.execution.surroundings import Surroundings, alike
 from axontrain.execution.views import looking
 from axontrain.execution.wording import called
 
-OF_EVERY = (
-    of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks,
-    of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks,
-)  # fmt: skip
 SHAPE = attrgetter("shape", "requires_grad")
 
 

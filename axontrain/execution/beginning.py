@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from axontrain import randomness
+from axontrain.data.structure import tensors
 from axontrain.execution.generators import draw_from, drawn_to
 from axontrain.execution.refilling import refill
 from axontrain.execution.surroundings import Surroundings
@@ -100,19 +101,24 @@ class Around:
 
     def changes(self) -> Iterator[str]:
         """What is another now, in words."""
-        yield from self.surroundings.changes()
+        for what, how in self.changed():
+            yield f"{what} {how}"
+
+    def changed(self) -> Iterator[tuple[str, str]]:
+        """What is another now, and how."""
+        yield from self.surroundings.changed()
         for name, live, before in self._tensors:
             if not _same_bits(live, before):
-                yield f"{name} was written to"
+                yield name, "was written to"
         yield from self._written()
-        for generator, state in self._drawn:
+        for number, (generator, state) in enumerate(self._drawn):
             if drawn_to(generator) != state:
-                yield f"a {type(generator).__name__} of its own was drawn from"
+                yield f"a {type(generator).__name__} of its own{f' ({number})' if number else ''}", "was drawn from"
 
-    def _written(self) -> Iterator[str]:
+    def _written(self) -> Iterator[tuple[str, str]]:
         for name, tensor, version in self._large:
             if _version(tensor) != version:
-                yield f"{name} was written to, and was too large to be kept"
+                yield name, "was written to, and was too large to be kept"
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -130,19 +136,20 @@ class Around:
             every.callback(self.surroundings.put_back)
 
     def _complain(self) -> None:
-        if what := next(self._written(), ""):
-            raise ValueError(what)
+        for what, how in self._written():
+            raise ValueError(f"{what} {how}")
 
 
 class Before:
     """All that a step changes, as it was before: where it begins, what is around it, parameters, and what optimizers keep."""
 
     def __init__(self, module: nn.Module, surroundings: Surroundings | None = None) -> None:
-        self._beginning, self._around = Beginning(Changing(module)), Around(module, surroundings)
+        self._beginning, self.around = Beginning(Changing(module)), Around(module, surroundings)
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         self.named = {name: tensor.detach().clone() for name, tensor in named.items()}
         self._parameters = dict(module.named_parameters())
         self._state: list[tuple[Tensor, Tensor]] = []
+        self._batch: list[tuple[Tensor, Tensor]] = []
         self._states: list[tuple[dict[Any, Any], dict[Any, dict[str, Any]]]] = []
 
     def take_state(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -150,6 +157,10 @@ class Before:
         self._states += [(one.state, {p: dict(of_p) for p, of_p in one.state.items()}) for one in optimizers]
         found = (value for one in optimizers for of_p in one.state.values() for value in of_p.values())
         self.take(value for value in found if isinstance(value, Tensor))
+
+    def take_batch(self, batch: Any) -> None:
+        """Take in the tensors of a batch, to which a step may write."""
+        self._batch += [(tensor, tensor.detach().clone()) for tensor in tensors(batch)]
 
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Take in further tensors."""
@@ -170,7 +181,9 @@ class Before:
                 every.callback(_refill_state, kept, known)
             for live, before in self._state:
                 every.callback(_restore, live, before)
-            every.callback(self._around.put_back)
+            for live, before in self._batch:
+                every.callback(_restore_if_other, live, before)
+            every.callback(self.around.put_back)
 
     def lost(self, *, gradients: bool = False) -> str:
         """Put it back, and say what of the user's cannot be; "" if all is as it was."""

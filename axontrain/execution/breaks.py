@@ -28,7 +28,8 @@ FAMILIAR = (
     ),
     (
         r"TensorWrapper\.cpp",
-        "torch.func, which differentiates a whole step, cannot follow a part of it, as one that computes its activations again",
+        "torch.func, which differentiates a whole step, cannot follow a part of it, as one that computes its activations again "
+        "or that writes to NumPy arrays",
     ),
 )
 

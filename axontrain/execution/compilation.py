@@ -27,6 +27,7 @@ EACH = 4  # so many steps in a row, for each of which parts were compiled: likew
 FEW, SHARE = 8, 8
 
 
+BATCH = "'batch["  # in what torch says of one
 COUNTS = ("main", "since", "others", "variable", "misses", "last", "in_a_row", "anew")  # which decide how the next step is done
 
 
@@ -49,7 +50,7 @@ class Compilation:
         self.changed = UNKNOWN, ""  # for what, and the line
         self.varying: set[str] = set()  # options of the optimizer that have changed: they are constants of no graph any more
         self.constants: list[dict[str, list[float]]] = []  # of each group, those that may change, as they are in the graphs
-        self.restarted = False  # whether graphs of the run are not there because it was resumed
+        self.lost: list[str] = []  # the graphs of the run that are not there because it was resumed: "static" or "dynamic"
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
@@ -57,7 +58,8 @@ class Compilation:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
-        of_options = {"varying": sorted(self.varying), "constants": self.constants}
+        made = [*self.lost, *("dynamic" if graph.dynamic else "static" for graph in self.graphs)]
+        of_options = {"varying": sorted(self.varying), "constants": self.constants, "made": sorted(made)}
         return {name: getattr(self, name) for name in COUNTS} | self.seen | of_options
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -68,7 +70,8 @@ class Compilation:
         if (varying, constants) != (self.varying, self.constants):  # of graphs that the saved run had not made yet
             self.clear()
         self.varying, self.constants = varying, constants
-        self.restarted = True
+        made = state.get("made", ["static"])  # what a run of before did not say
+        self.lost = [*made] if not self.graphs else []
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
             self.eager, self.report.how, self.report.reason = why, "eager", why
@@ -92,12 +95,13 @@ class Compilation:
         self.variable = self.variable or (self.others > FEW and self.others * SHARE > step - self.since)
         return "dynamic" if self.variable and not self.fixed else "eager"
 
-    def in_vain(self, step: int) -> bool:
-        """Whether to compile another graph, at a step that is of none, would be in vain."""
-        if self.restarted:  # it may be of one that there was before
-            self.restarted = False
-            return False
+    def in_vain(self, step: int, kind: str) -> bool:
+        """Whether to compile another graph, "static" or "dynamic", at a step that is of none, would be in vain."""
         next_to = step == self.last + 1 and self.misses > 0
+        if kind in self.lost:
+            self.lost.remove(kind)
+            if not (next_to and self.in_a_row):  # it may be of one that there was before
+                return False
         self.in_a_row = self.in_a_row + 1 if next_to else 0
         self.misses, self.last = self.misses + 1, step
         return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
@@ -111,7 +115,7 @@ class Compilation:
         new = {name for now, before in pairs for name, value in before.items() if value != now.get(name, value)} - self.varying
         if new:
             self.varying = self.varying | new
-            self.restarted = False
+            self.lost.clear()  # of them too none would be there any more
             self.clear()
         return bool(new)
 
@@ -131,8 +135,11 @@ class Compilation:
             self.changed = UNKNOWN, ""
             return
         why, line = changed_for(new)
-        # A last batch of another size is not what changes each time: of several reasons, one with a line of the user's.
-        self.changed = (why, line) if line or not self.changed[1] else self.changed
+        # A last batch of another size is not what changes each time: of several reasons, one that is of something else, and of
+        # those one with a line of the user's.
+        of_batch, known = why == UNKNOWN or BATCH in why, self.changed[0] != UNKNOWN
+        if not known or line or not (of_batch or self.changed[1]):
+            self.changed = why, line
         if not first:
             self.report.recompilations += new
             self.report.changes.append(f"{why}{f', at {line}' if line else ''}")
@@ -179,9 +186,10 @@ class Compilation:
             f"the Step"
         )
 
-    def differs(self, what: list[str]) -> None:
-        """Do steps in eager from now on, as a compiled one was another than in eager."""
-        self.seen["eager"] = f"compiled, a step differs from eager beyond rounding: {'; '.join(what[:4])}"
+    def differs(self, what: list[str], *, late: bool = False) -> None:
+        """Do steps in eager from now on, as a compiled one was another than in eager; ``late`` if it was not the first."""
+        told = "; ".join(what[:4]) + ("; the step before it was compiled anew, and done so" if late else "")
+        self.seen["eager"] = f"compiled, a step differs from eager beyond rounding: {told}"
         self.give_up(self.seen["eager"])
 
     def give_up(self, why: str, line: str = "", *, seen: bool = False) -> None:

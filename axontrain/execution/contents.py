@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as of_modules
 
 from axontrain.execution.arrays import is_array, written_through
 from axontrain.execution.caches import is_cached, kept
@@ -31,6 +34,10 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.d
 DEPTH, MOST = 8, 256  # of objects and containers in one another; things in one, to be looked at though they are plain
 ALL = 2**14  # things beside those of the parts
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OF_EVERY = (
+    of_modules._global_forward_hooks, of_modules._global_forward_pre_hooks,
+    of_modules._global_backward_hooks, of_modules._global_backward_pre_hooks,
+)  # fmt: skip
 # What torch keeps in each module: of that its parts, its hooks and its mode are looked at, and tensors apart.
 TORCHS = frozenset(vars(nn.Module())) - {"training", "_modules", *HOOKS}
 # Of which objects nothing that they hold decides what a step computes: they are what they are.
@@ -77,6 +84,7 @@ class Contents:
         sets: those, and what they are called.
         generators: of random numbers: the module's own.
         running: why a step cannot be done without Python, found on the way; "" if nothing was.
+        contexts: variables of contexts, and what they are called.
         taken: iterators and queues, from which a step may take what is gone then, and what they are called.
     """
 
@@ -87,10 +95,12 @@ class Contents:
         self.sets: list[tuple[str, set[Any]]] = []
         self.generators: list[Any] = []
         self.running = ""
+        self.contexts: list[tuple[str, ContextVar[Any]]] = []
         self.taken: list[tuple[str, Any]] = []
         self._seen: set[int] = set()
         self._left, self._lookups = ALL, Lookups()
         self._waiting: deque[tuple[str, Any, int]] = deque([("", module, DEPTH)])  # what lies nearest is looked into first
+        self._waiting += [("a hook of every module", hook, DEPTH) for hooks in OF_EVERY for hook in hooks.values()]
         while self._waiting and self._left >= 0:
             self._within(*self._waiting.popleft())
             for found in () if self._waiting or self._left < 0 else self._lookups.more():
@@ -116,7 +126,8 @@ class Contents:
             for where in (part._modules, *(getattr(part, hooks) for hooks in HOOKS)):
                 group = "parts" if where is part._modules else "hooks"
                 self._seen.add(id(where))
-                self._place(f"the {group} of {what}", where, where.items(), 0, ordered=is_a(where, dict), of_part=True)
+                ordered, deep = is_a(where, dict), 0 if group == "parts" else depth
+                self._place(f"the {group} of {what}", where, where.items(), deep, ordered=ordered, of_part=True)
 
     def _place(
         self,
@@ -171,6 +182,10 @@ class Contents:
             self._container(name, tuple(kind.__iter__(value)), depth)
         elif kind is not None:
             self._container(name, bare(value), depth)
+        elif is_a(value, ContextVar):
+            self.contexts.append((name, value))
+            if (now := value.get(None)) is not None and not is_a(now, PLAIN):
+                self._waiting.append((name, now, depth))
         elif is_a(value, types.MappingProxyType):
             if type(gc.get_referents(value)[0]) is dict:
                 self._place(name, value, value.items(), depth)
@@ -212,7 +227,7 @@ class Contents:
         try:
             own = object.__getattribute__(value, "__dict__")  # with no method of the user's
         except AttributeError:
-            own = None
+            own = value.__dict__ if is_a(value, threading.local) else None  # of this thread
         if own is not value and is_a(own, dict):
             where = bare(own)
             self._place(name, where, where.items(), depth)

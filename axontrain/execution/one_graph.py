@@ -19,7 +19,7 @@ from axontrain.execution.failing import fail
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.parts import Parts
 from axontrain.execution.steps import OneLoss
-from axontrain.execution.twin import Outcome, differences, in_eager, of_step, sizes, untried_for
+from axontrain.execution.twin import Outcome, differences, in_eager, of_step, sizes, unmoved, untried_for
 from axontrain.execution.whole_step import WholeStep
 from axontrain.guard import has_hooks
 from axontrain.objective import Step
@@ -87,7 +87,7 @@ class OneGraph:
         if how == "eager":
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
-        if not made.vary(varying(update.optimizers)) and made.in_vain(self.state.step):
+        if not made.vary(varying(update.optimizers)) and made.in_vain(self.state.step, how):
             told = change or UNKNOWN
             self._in_parts(
                 f"a step fits none of the graphs before ({told}), of which there are {made.report.graphs}", seen=True
@@ -114,6 +114,7 @@ class OneGraph:
         try:
             expected, nudged = self._twins(batch)
             before, norms = Before(objective), sizes(objective)
+            before.take_batch(batch)
         except Exception as error:
             untried = untried_for(error)
         if untried:
@@ -145,18 +146,19 @@ class OneGraph:
                 made.fixed = reason_of(error)[0]
                 made.graphs[:] = [one for one in made.graphs if not one.dynamic]
             else:
-                self._in_parts(*reason_of(error))
+                # A run that goes on from here would try it again, and may not see again what was in the way.
+                self._in_parts(*reason_of(error), seen=made.report.graphs > 0)
                 if "TensorWrapper" in str(error):  # of torch.func, which lets no tensor out but those it is given back
                     return self._keeping(batch)
             return self.run(batch)
         found = of_step(step, objective, before.named, update)
-        told = differences(found, expected, nudged, norms, made.precision)
+        told = unmoved(expected, before) + differences(found, expected, nudged, norms, made.precision)
         # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
         if told and expected.draws:
-            now = Before(objective)
+            now, left = Before(objective), unmoved(expected, before)
             now.take_state(update.optimizers)
             before.put_back()
-            told = differences(found, *self._twins(batch, functional=True), norms, made.precision)
+            told = left + differences(found, *self._twins(batch, functional=True), norms, made.precision)
             now.put_back()
         if told:
             made.differs(told)

@@ -17,7 +17,7 @@ from axontrain.execution.failing import fail
 from axontrain.execution.inductor import Backend, not_donated
 from axontrain.execution.microbatches import out_of_memory
 from axontrain.execution.steps import check
-from axontrain.execution.twin import COMPARED, differences, in_eager, of_step, untried_for
+from axontrain.execution.twin import COMPARED, differences, in_eager, of_step, unmoved, untried_for
 from axontrain.objective import Objective, Step
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Parts:
         self.backend, self.left, self.counted = Backend(direct=False), COMPARED, 0
         self.shapes: set[str] = set()  # of batches of which a step was held against eager
         self.trusted = False  # whether the first steps are through
+        self.late = False  # whether a step was done by what was not held against eager yet
 
         def train_step(batch: Any) -> Any:
             return plain(batch)
@@ -76,6 +77,8 @@ class Parts:
         if new or self.made.anew:
             self.counted += new
             self.made.counts(new, first=not self.trusted)
+            if new and self.trusted:  # for something that has changed: it is held against eager from the next step on
+                self.left, self.late = COMPARED, True
         self.trusted = self.trusted or not self.left
 
     def _compared(self, batch: Any) -> Step:
@@ -85,6 +88,7 @@ class Parts:
         try:
             expected, nudged = in_eager(objective, None, made.precision, batch)
             before = Before(objective)
+            before.take_batch(batch)
         except Exception as error:
             untried = untried_for(error)
         if untried:
@@ -109,12 +113,12 @@ class Parts:
             why, line = (lost, "") if lost else reason_of(error)
             made.give_up(why, line, seen=bool(lost))
             return self.plain(batch)  # type: ignore[no-any-return]
-        if told := differences(found, expected, nudged, {}, made.precision):
-            made.differs(told)
+        if told := unmoved(expected, before) + differences(found, expected, nudged, {}, made.precision):
+            made.differs(told, late=self.late)
             if lost := before.lost(gradients=True):
                 made.give_up(lost, seen=True)
             return self.plain(batch)  # type: ignore[no-any-return]
-        self.left -= 1
+        self.left, self.late = self.left - 1, False
         self.shapes.add(shapes(batch))
         made.report.compared += 1
         self._count()

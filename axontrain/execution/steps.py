@@ -221,7 +221,8 @@ def check_eval(step: Any, objective: Objective) -> None:
 def check_scalar(loss: Any, what: str) -> None:
     """Raise unless the loss is one number in a tensor."""
     if not isinstance(loss, Tensor):
-        raise LossError(f"{what} loss is {kind_of(loss)}; it is a scalar tensor, or a mapping of them")
+        hint = ": of named terms it is their sum, and the terms are values=" if isinstance(loss, Mapping) else ""
+        raise LossError(f"{what} loss is {kind_of(loss)}; in an ax.Step it is a scalar tensor{hint}")
     if loss.is_complex():
         raise LossError(f"{what} loss is complex, and what is least of complex numbers is not said: take .abs() or .real")
     if loss.numel() != 1:

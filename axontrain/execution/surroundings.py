@@ -1,14 +1,16 @@
 """Surroundings: what code of a module may change in Python, in the module and around it: put back, so that a trial leaves none.
 
 That is what a walk finds (:mod:`axontrain.execution.contents`): attributes and what lies in them, and what functions look up
-elsewhere: global variables, closures, default arguments, attributes of classes. Moved on all the same are clocks, files, what
-installed libraries keep, iterators and queues, large NumPy arrays, and what lies deeper or is more than the walk goes through.
+elsewhere: global variables, closures, default arguments, attributes of classes, variables of threads and of contexts; and the
+environment. Moved on all the same are clocks, files, what installed libraries and cached methods keep, iterators and queues,
+large NumPy arrays, and what lies deeper or is more than the walk goes through.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
@@ -48,6 +50,8 @@ class Surroundings:
         self._before = [(place, held(place.where) if place.whole else None, _values(place)) for place in found.places]
         self._sets = [(one, set(one)) for _, one in found.sets]
         self._arrays = [(array, content_of(array), copy.copy(array)) for _, array in found.arrays]
+        self._contexts = [(name, one, one.get(MISSING)) for name, one in found.contexts]
+        self._environment = dict(os.environ)
         self._known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def kept(self) -> dict[str, Tensor]:
@@ -63,23 +67,35 @@ class Surroundings:
 
     def changes(self) -> Iterator[str]:
         """What is another now, in words."""
+        for what, how in self.changed():
+            yield f"{what} {how}"
+
+    def changed(self) -> Iterator[tuple[str, str]]:
+        """What is another now, and how."""
         for place, _, values in self._before:
             for key, before in zip(place.keys, values, strict=True):
                 if why := _difference(peek(place.where, key), before):
-                    yield f"{called(key)} of {place.what} {why}"
+                    yield f"{called(key)} of {place.what}", why
         for what, where, size in self._named:
             if len(where) != size:
                 of_part = what.startswith("the ")
-                yield f"{what} are others" if of_part else f"{what} holds {len(where)} things, and held {size}"
+                yield what, "are others" if of_part else f"holds {len(where)} things, and held {size}"
         for (what, where), before in zip(self._keyed, self._orders, strict=True):
             if [*where] != before:
-                yield f"{what} are in another order" if what.startswith("the ") else f"{what} has another order"
+                yield what, "are in another order" if what.startswith("the ") else "has another order"
         for (name, one), (_, before) in zip(self.contents.sets, self._sets, strict=True):
             if one != before:
-                yield f"{name} was {shown(before)}, and is {shown(one)}"
+                yield name, f"was {shown(before)}, and is {shown(one)}"
         for (name, array), (_, before, _) in zip(self.contents.arrays, self._arrays, strict=True):
             if content_of(array) != before:
-                yield f"{name} is another array"
+                yield name, "is another array"
+        for name, variable, before in self._contexts:
+            if why := _difference(variable.get(MISSING), before):
+                yield name, why
+        for key in sorted({*self._environment, *os.environ}):
+            now, before = os.environ.get(key, MISSING), self._environment.get(key, MISSING)
+            if now != before:
+                yield f"the environment's {key}", "is another text"
 
     def put_back(self) -> None:
         """Make it again what it was, by the same objects; tensors aside that were written to.
@@ -98,6 +114,13 @@ class Surroundings:
                 every.callback(refill, one, [*members])
             for array, before, copied in self._arrays:
                 every.callback(put_into, array, before, copied)
+            for _, variable, value in self._contexts:
+                if value is not MISSING and variable.get(MISSING) is not value:
+                    every.callback(variable.set, value)
+            if dict(os.environ) != self._environment:
+                every.callback(os.environ.update, self._environment)
+                for key in {*os.environ} - {*self._environment}:
+                    every.callback(os.environ.pop, key, None)
 
 
 def _walked(module: nn.Module) -> Contents:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from axontrain import randomness
 from axontrain.data.structure import tensors
+from axontrain.execution.beginning import Before
 from axontrain.execution.copying import copied, shared, untouched
 from axontrain.execution.functional import PREFIX, Forward, differentiated
 from axontrain.execution.microbatches import out_of_memory
@@ -34,6 +35,10 @@ NUDGE = {"fp64": 2.0**-50, "fp32": 2.0**-22, "tf32": 2.0**-10, "fp16": 2.0**-9, 
 RELATIVE = {"fp64": 1e-6, "fp32": 1e-3, "tf32": 2e-2, "fp16": 3e-2, "fp8": 2e-1}
 FAINT = 64.0  # times a rounding error of all gradients together: one that is smaller is nothing but rounding
 SURE = 0.1  # of a gradient that is known so well, relatively, an update by its sign is, too
+UNSEEN = (
+    "it goes by something that is found neither in the objective nor by the names in its code, as a cache of a method or an "
+    "attribute of a library, and trials have moved that on; keep it in the objective, as a buffer"
+)
 TIMES = 16.0  # what a nudge changes, at most so many times
 
 
@@ -45,6 +50,7 @@ class Outcome:
     trained: list[str] = field(default_factory=list)  # the parameters that had a gradient
     changing: list[str] = field(default_factory=list)  # the buffers that have changed
     draws: bool = False  # whether it has drawn random numbers
+    leaves: list[str] = field(default_factory=list)  # what it has changed around the objective
 
 
 class Twin:
@@ -139,7 +145,7 @@ def in_eager(
         functional: whether torch.func is to differentiate it.
 
     Raises:
-        Exception: of what cannot be copied, or of the step.
+        Exception: of what cannot be copied, or of the step; ValueError of one that is another each time.
     """
     with untouched(objective) as around:
         twin = Twin(objective, update, precision)
@@ -147,18 +153,38 @@ def in_eager(
             raise ValueError(taken[0])
         expected = twin.step(batch, functional=functional)
         del twin  # there may not be the memory for two
+        expected.leaves = [what for what, _ in around.changed()]
         around.put_back()
+        again = Twin(objective, update, precision).step(batch, functional=functional)
+        around.put_back()
+        if told := _unlike(again, expected, precision):
+            raise ValueError(f"{told}, done twice from one beginning: {UNSEEN}")
         nudged = Twin(objective, update, precision, nudged=True).step(batch, functional=functional)
     if around.left:
         raise ValueError(around.left)
     return expected, nudged
 
 
+def _unlike(again: Outcome, expected: Outcome, precision: Precision) -> str:
+    """What is another in the same step; on a GPU by more than rounding, as there kernels may sum in any order."""
+    a, b = again.found["the loss"], expected.found["the loss"]
+    if b.device.type == "cpu" and not torch.equal(a.nan_to_num(), b.nan_to_num()):
+        return f"the loss is {float(a):.6g}, and was {float(b):.6g}"
+    return next(iter(differences(again, expected, expected, {}, precision)), "")
+
+
+def unmoved(expected: Outcome, before: Before) -> list[str]:
+    """What eager changes around the objective, and a compiled step has left as it was before, in words."""
+    changed = {what for what, _ in before.around.changed()} if expected.leaves else set()
+    return [f"{what} was left as it was, which eager changes" for what in expected.leaves if what not in changed]
+
+
 def untried_for(error: Exception) -> str:
     """Why a compiled step cannot be held against eager, and is not to be trusted."""
     if out_of_memory(error):
         return "there is not the memory to hold what is compiled against eager, on a copy"
-    return f"what is compiled cannot be held against eager, on a copy of the objective and its optimizer: {error}"
+    told = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return f"what is compiled cannot be held against eager, on a copy of the objective and its optimizer: {told}"
 
 
 def of_step(step: Step, objective: Objective, before: Mapping[str, Tensor], update: Update | None = None) -> Outcome:
@@ -203,7 +229,7 @@ def differences(
         gap, size = _norm(a - b), _norm(b)
         eps = torch.finfo(right.dtype).eps if right.dtype.is_floating_point else 0.0
         floor = floors.get(name.partition(" of ")[0], 0.0)
-        allowed = TIMES * _norm(c - b) + relative * size + 8 * eps * sizes.get(name, 0.0) + floor + 1e-30
+        allowed = TIMES * _norm(c - b) + max(relative, 4 * eps) * size + 8 * eps * sizes.get(name, 0.0) + floor + 1e-30
         if not gap <= allowed:
             told.append(f"{name} by {gap:.3g}, where it is {size:.3g} in eager")
     return told

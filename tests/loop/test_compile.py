@@ -6,6 +6,7 @@ import gc
 import itertools
 import warnings
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,10 @@ from torch import nn
 from unchanged import everything, same
 
 import axontrain as ax
+from axontrain.checkpoint.encode import decode, encode
 from axontrain.execution import twin
+from axontrain.execution.compilation import Compilation
+from axontrain.execution.precision import Precision
 from axontrain.execution.whole_step import WholeStep
 
 
@@ -1059,3 +1063,21 @@ def test_a_first_step_that_fails_fails_as_in_eager_and_once():
     with pytest.raises(IndexError, match="out of bounds") as found:
         made(Embeds).train_on_batch((torch.arange(8), torch.arange(8)))
     assert found.value.__context__ is None
+
+
+def test_graphs_that_a_resumed_run_makes_anew_are_not_counted_as_others():
+    made_of = SimpleNamespace(dynamic=False), SimpleNamespace(dynamic=True)
+    run = Compilation(Precision("fp32", torch.device("cpu")))
+    for step, graph in zip((0, 9), made_of, strict=True):
+        assert not run.in_vain(step, "dynamic" if graph.dynamic else "static")
+        run.takes(graph, "", [{"weight_decay": [0.1]}])
+    for step in range(10, 50, 2):  # resumed every two steps
+        saved = run.state_dict()
+        run = Compilation(Precision("fp32", torch.device("cpu")))
+        run.load_state_dict(decode(*encode(saved)))
+        for later, graph in enumerate(made_of):
+            assert not run.in_vain(step + later, "dynamic" if graph.dynamic else "static")
+            run.takes(graph, "", [{"weight_decay": [0.1]}])
+        assert run.state_dict() == saved
+    assert not run.in_vain(60, "static")  # one that there was not
+    assert run.misses == saved["misses"] + 1
