@@ -497,7 +497,7 @@ def test_what_torch_says_of_a_step_is_told_in_words(way):
             return loss
 
     why = {
-        "written": r"writes in place \(mul_\) to a tensor .* no buffer: register_buffer .*, at .*: self\.mean\.mul_\(0\.9\)",
+        "written": r"writes in place \(mul_\) to a tensor that it has not .*register_buffer.*, at .*: self\.mean\.mul_\(0\.9\)",
         "read": r"Python goes by a number that the step computes, as by \.item\(\) .*, at .*: elif loss\.item\(\) > 100",
     }
     with pytest.warns(ax.AxonWarning, match=why[way]):
