@@ -867,12 +867,15 @@ def _restored(saved: Any, own: Any) -> Any:
     return saved
 
 
+SIZES = ("lr", "weight_decay", "momentum", "eps", "alpha", "lambd", "lr_decay")  # options that are numbers, and 0 or more
+
+
 def _check_option(optimizer: str, name: str, value: Any, now: Any) -> None:
     """Raise unless a value can be one of an option: torch looks at them only when an optimizer is made."""
     asked = f"set({name}={quoted(value)}) of the optimizer {optimizer!r}"
-    if isinstance(now, bool) and not isinstance(value, bool):
+    if isinstance(now, bool) and value is not None and not isinstance(value, bool):
         raise ConfigurationError(f"{asked}: True or False")
-    if isinstance(now, (int, float)) and not isinstance(now, bool) and not isinstance(value, Tensor) and not _is_size(value):
+    if name in SIZES and not isinstance(value, Tensor) and not _is_size(value):
         raise ConfigurationError(f"{asked}: a finite number, 0 or more")
     if name == "betas":
         pair = value if isinstance(value, (tuple, list)) and len(value) == len(now) else ()

@@ -1229,3 +1229,10 @@ def test_what_no_option_can_be_is_refused_and_nothing_is_changed(options, told):
         update.set(**options)
     for group, old in zip(update.optimizers[0].param_groups, before, strict=True):
         assert {**group, "params": 0} == {**old, "params": 0}
+
+
+def test_options_that_are_below_zero_by_nature_are_taken():
+    loop = ax.Loop(ax.Supervised(nn.Linear(2, 2), "cross_entropy"), ax.Optimizer("adafactor", lr=0.1), progress=False)
+    update = loop.state.optimizers["main"]
+    update.set(beta2_decay=-0.7, foreach=None)
+    assert update.optimizers[0].param_groups[0]["beta2_decay"] == -0.7

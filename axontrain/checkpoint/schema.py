@@ -35,6 +35,7 @@ EXAMPLES = {  # of what a meter's predictions and targets may be
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.complex64,
     )
 }  # fmt: skip
+MOST_GRAPHS = 64
 NAME = 200  # characters of a class's
 WORDS = 624  # of a Mersenne twister
 CUDA_BYTES = 16  # of a CUDA generator: a seed and an offset
@@ -212,8 +213,10 @@ def _compiled(part: Mapping[str, Any], place: str) -> None:
         _count(part["last"], f"{place}/last")
     if not isinstance(part.get("variable", False), bool):
         raise _wrong(part["variable"], f"{place}/variable", "true or false")
-    for key in ("varying", "made"):
+    for key, known in (("varying", ("weight_decay", "momentum", "betas")), ("made", ("static", "dynamic"))):
         _listed(part.get(key, []), f"{place}/{key}")
+        if len(part.get(key, [])) > MOST_GRAPHS or not {*part.get(key, [])} <= {*known}:
+            raise _wrong(part[key], f"{place}/{key}", f"a list of {' and '.join(known)}")
     for index, options in enumerate(_list(part.get("constants", []), f"{place}/constants")):
         for key, value in _texts(options, f"{place}/constants/{index}").items():
             for one in value if isinstance(value, (list, tuple)) else (value,):

@@ -26,7 +26,7 @@ from axontrain.execution.arrays import content_of
 from axontrain.execution.contents import HOOKS, OF_EVERY
 from axontrain.execution.generators import drawn_to
 from axontrain.execution.surroundings import Surroundings, alike
-from axontrain.execution.views import looking
+from axontrain.execution.views import MISSING, looking
 from axontrain.execution.wording import called
 
 SHAPE = attrgetter("shape", "requires_grad")
@@ -74,6 +74,7 @@ class Assumptions(Surroundings):
                 and (all(map(is_, chain(*[look() for look in self._looks]), self._values)) or self._alike())
                 and self._now() == self._where
                 and (not self._sets or all(one == before for one, before in self._sets))
+                and (not self._contexts or all(alike(one.get(MISSING), before) for _, one, before in self._contexts))
                 and (not self._arrays or all(content_of(array) == before for array, before, _ in self._arrays))
             )
         except Exception:  # one is gone; or what is compared is the user's, or a tensor, which has no one answer

@@ -160,7 +160,8 @@ class Before:
 
     def take_batch(self, batch: Any) -> None:
         """Take in the tensors of a batch, to which a step may write."""
-        self._batch += [(tensor, tensor.detach().clone()) for tensor in tensors(batch)]
+        dense = (tensor for tensor in tensors(batch) if not tensor.is_meta and is_dense(tensor))
+        self._batch += [(tensor, tensor.detach().clone()) for tensor in dense]
 
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Take in further tensors."""
@@ -221,8 +222,10 @@ def _restore_if_other(live: Tensor, before: Tensor) -> None:
 def _same_bits(live: Tensor, before: Tensor) -> bool:
     if live.shape != before.shape or live.dtype != before.dtype:
         return False
+    if not is_dense(live) or not is_dense(before):  # which nobody writes back
+        return True
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        a, b = (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one for one in (live, before))
+        a, b = (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one.resolve_neg() for one in (live, before))
         bits = BITS.get(a.element_size())
         return torch.equal(a, b) if bits is None or a.dtype is torch.bool else torch.equal(a.view(bits), b.view(bits))
 

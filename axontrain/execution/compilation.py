@@ -28,6 +28,7 @@ FEW, SHARE = 8, 8
 
 
 BATCH = "'batch["  # in what torch says of one
+EFFECT = "was left as it was, which eager changes"  # of what a compiled step leaves out
 COUNTS = ("main", "since", "others", "variable", "misses", "last", "in_a_row", "anew")  # which decide how the next step is done
 
 
@@ -51,6 +52,8 @@ class Compilation:
         self.varying: set[str] = set()  # options of the optimizer that have changed: they are constants of no graph any more
         self.constants: list[dict[str, list[float]]] = []  # of each group, those that may change, as they are in the graphs
         self.lost: list[str] = []  # the graphs of the run that are not there because it was resumed: "static" or "dynamic"
+        self.told_later = ""  # a warning
+        self.settles = False  # whether a run that was resumed has yet to compile its parts
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
@@ -71,7 +74,7 @@ class Compilation:
             self.clear()
         self.varying, self.constants = varying, constants
         made = state.get("made", ["static"])  # what a run of before did not say
-        self.lost = [*made] if not self.graphs else []
+        self.lost, self.settles = [*made] if not self.graphs else [], self.parts is None
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
             self.eager, self.report.how, self.report.reason = why, "eager", why
@@ -104,7 +107,15 @@ class Compilation:
                 return False
         self.in_a_row = self.in_a_row + 1 if next_to else 0
         self.misses, self.last = self.misses + 1, step
-        return self.misses > MOST_GRAPHS or self.in_a_row >= IN_VAIN
+        return self.misses > MOST_GRAPHS
+
+    @property
+    def unsteady(self) -> bool:
+        """Whether each of the last steps needed another graph.
+
+        It is so once the last of them is made: a run that goes on from there cannot know whether the next step is of one.
+        """
+        return self.in_a_row >= IN_VAIN - 1
 
     def vary(self, options: list[dict[str, list[float]]]) -> bool:
         """Have those be no constants any more that are others than when a graph was compiled, by this run or before it went on.
@@ -130,10 +141,11 @@ class Compilation:
         Where each step wants others, it goes on in eager.
         """
         self.report.graphs += new
-        self.anew = self.anew + 1 if new else 0
         if not new:
-            self.changed = UNKNOWN, ""
+            self.anew, self.changed = 0, (UNKNOWN, "")
             return
+        self.anew += not self.settles
+        self.settles = False
         why, line = changed_for(new)
         # A last batch of another size is not what changes each time: of several reasons, one that is of something else, and of
         # those one with a line of the user's.
@@ -161,10 +173,17 @@ class Compilation:
             self.report.recompilations += 1
             self.report.changes.append(change or UNKNOWN)
 
-    def go_in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
+    def tell(self) -> None:
+        """Give the warning that was to wait until it is known whether parts can be compiled once for all."""
+        if self.told_later:
+            warn(self.told_later)
+            self.told_later = ""
+
+    def go_in_parts(self, why: str, line: str = "", *, seen: bool = False, changes: bool = False) -> None:
         """Compile parts of the step from now on; say so where there is a line, or a name, that somebody could mend.
 
-        ``seen`` if it has come of several steps, which a run that goes on from here will not see again.
+        ``seen`` if it has come of several steps, which a run that goes on from here will not see again; ``changes`` if that is
+        something which is another each time.
         """
         if seen:
             self.seen["divided"] = why
@@ -174,6 +193,11 @@ class Compilation:
             warn(
                 f"compile=True: the whole step cannot become one graph: {why}, at {line}. Forward and backward are compiled in "
                 f"parts around that line, and the update is done in eager"
+            )
+        elif changes:
+            self.told_later = (
+                f"compile=True: the step is not one graph any more: {why}. Forward and backward are compiled in parts, and the "
+                f"update is done in eager. A number that changes can be a buffer, by register_buffer"
             )
 
     def keeps(self, what: str) -> None:
@@ -189,13 +213,20 @@ class Compilation:
     def differs(self, what: list[str], *, late: bool = False) -> None:
         """Do steps in eager from now on, as a compiled one was another than in eager; ``late`` if it was not the first."""
         told = "; ".join(what[:4]) + ("; the step before it was compiled anew, and done so" if late else "")
-        self.seen["eager"] = f"compiled, a step differs from eager beyond rounding: {told}"
+        how = "leaves out what eager does" if all(map(is_effect, what)) else "differs from eager beyond rounding"
+        self.seen["eager"] = f"compiled, a step {how}: {told}"
         self.give_up(self.seen["eager"])
 
     def give_up(self, why: str, line: str = "", *, seen: bool = False) -> None:
         """Do steps in eager from now on, and say so; ``seen`` if another try might go otherwise."""
+        self.told_later = ""
         if seen:
             self.seen["eager"] = why
         self.eager, self.report.how, self.report.reason = why, "eager", why
         self.clear()
         warn(f"compile=True: {why}{f', at {line}' if line else ''}. Steps are done in eager from here on")
+
+
+def is_effect(what: str) -> bool:
+    """Whether a difference is only that something around the objective was not changed."""
+    return what.endswith(EFFECT)

@@ -106,6 +106,10 @@ class Contents:
             for found in () if self._waiting or self._left < 0 else self._lookups.more():
                 self._place(found.what, found.where, [(name, found.where[name]) for name in found.names], DEPTH, whole=False)
 
+    def names(self, name: str) -> bool:
+        """Whether code of the user's that may run names something so."""
+        return self._lookups.names(name)
+
     def new_since(self, before: Contents) -> str:
         """Which tensor is here that was not before, by its name; "" if none is."""
         known = {id(tensor) for *_, tensor in before.tensors}

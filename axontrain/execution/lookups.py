@@ -77,6 +77,11 @@ class Lookups:
         if within is not None and within is not value:
             self.function(within)
 
+    def names(self, name: str) -> bool:
+        """Whether code of the user's that may run names something so."""
+        users = [function for function in self._known.values() if _is_users_file(function.__code__.co_filename)]
+        return any(name in code.co_names for function in users for code in _within(function.__code__))
+
     def named(self, text: str) -> None:
         """A text that may be a name, as getattr takes: from a config."""
         self._names.update(_texts([text]))

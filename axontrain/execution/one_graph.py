@@ -13,7 +13,7 @@ import torch
 from axontrain.execution.algorithms import varying
 from axontrain.execution.beginning import Before
 from axontrain.execution.breaks import UNKNOWN, reason_of
-from axontrain.execution.compilation import Compilation
+from axontrain.execution.compilation import IN_VAIN, Compilation
 from axontrain.execution.contents import Contents
 from axontrain.execution.failing import fail
 from axontrain.execution.microbatches import out_of_memory
@@ -88,15 +88,13 @@ class OneGraph:
             return self.run(batch)
         change = made.graphs[-1].why_not(batch) if made.graphs else ""
         if not made.vary(varying(update.optimizers)) and made.in_vain(self.state.step, how):
-            told = change or UNKNOWN
-            self._in_parts(
-                f"a step fits none of the graphs before ({told}), of which there are {made.report.graphs}", seen=True
-            )
+            why = f"a step fits none of the {made.misses - 1} graphs before ({change or UNKNOWN})"
+            self._in_parts(why, seen=True, changes=True)
             return self.run(batch)
         return self._compared(None, batch, dynamic=how == "dynamic", change=change)
 
-    def _in_parts(self, why: str, line: str = "", *, seen: bool = False) -> None:
-        self.made.go_in_parts(why, line, seen=seen)
+    def _in_parts(self, why: str, line: str = "", *, seen: bool = False, changes: bool = False) -> None:
+        self.made.go_in_parts(why, line, seen=seen, changes=changes)
         self.run.train_step = self.made.parts = Parts(self.run.objective, self.run.train_step, self.made)
 
     def _keeping(self, batch: Any) -> Step:
@@ -155,11 +153,7 @@ class OneGraph:
         told = unmoved(expected, before) + differences(found, expected, nudged, norms, made.precision)
         # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
         if told and expected.draws:
-            now, left = Before(objective), unmoved(expected, before)
-            now.take_state(update.optimizers)
-            before.put_back()
-            told = left + differences(found, *self._twins(batch, functional=True), norms, made.precision)
-            now.put_back()
+            told = self._unlike_functional(found, before, norms, batch, unmoved(expected, before))
         if told:
             made.differs(told)
             if lost := before.lost():
@@ -170,8 +164,26 @@ class OneGraph:
             made.current = graph
         made.report.compared += 1
         made.report.seconds += time.perf_counter() - started
+        if made.unsteady and not dynamic:
+            why = f"each of the last {IN_VAIN} steps fitted none of the graphs before ({change or UNKNOWN})"
+            self._in_parts(why, seen=True, changes=True)
         update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
         return step
+
+    def _unlike_functional(
+        self, found: Outcome, before: Before, norms: dict[str, float], batch: Any, left: list[str]
+    ) -> list[str]:
+        """What differs from the step as torch.func does it in eager; all is again as the compiled step has left it."""
+        now = Before(self.run.objective)
+        now.take_state(self.update.optimizers)
+        now.take_batch(batch)
+        try:
+            before.put_back()
+            return left + differences(found, *self._twins(batch, functional=True), norms, self.made.precision)
+        except Exception as error:
+            return [untried_for(error)]
+        finally:
+            now.put_back()
 
     def _twins(self, batch: Any, *, functional: bool = False) -> tuple[Outcome, Outcome]:
         """The step in eager, and the same with weights that are off by a rounding error."""

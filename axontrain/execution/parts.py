@@ -11,7 +11,7 @@ import torch
 
 from axontrain.data.structure import shapes
 from axontrain.execution import compiled
-from axontrain.execution.beginning import Before
+from axontrain.execution.beginning import Around, Before
 from axontrain.execution.breaks import reason_of, trying
 from axontrain.execution.failing import fail
 from axontrain.execution.inductor import Backend, not_donated
@@ -80,6 +80,8 @@ class Parts:
             if new and self.trusted:  # for something that has changed: it is held against eager from the next step on
                 self.left, self.late = COMPARED, True
         self.trusted = self.trusted or not self.left
+        if self.trusted and not new:
+            self.made.tell()
 
     def _compared(self, batch: Any) -> Step:
         """A step of the first, held against eager by its loss and its gradients."""
@@ -100,9 +102,12 @@ class Parts:
             with trying():
                 tried = self.compiled(batch)
             check(tried, objective)
+            between = Around(objective)  # backward is run once more, with its hooks
             names, live = zip(*((name, p) for name, p in objective.named_parameters() if p.requires_grad), strict=True)
             with not_donated():
                 found_by = torch.autograd.grad(tried.loss, live, retain_graph=True, allow_unused=True)
+            left_out = unmoved(expected, before)
+            between.put_back()
             gradients = zip(names, found_by, strict=True)
             found = of_step(tried, objective, buffers)
             found.found |= {f"the gradient of {name}": one for name, one in gradients if one is not None}
@@ -113,7 +118,7 @@ class Parts:
             why, line = (lost, "") if lost else reason_of(error)
             made.give_up(why, line, seen=bool(lost))
             return self.plain(batch)  # type: ignore[no-any-return]
-        if told := unmoved(expected, before) + differences(found, expected, nudged, {}, made.precision):
+        if told := left_out + differences(found, expected, nudged, {}, made.precision):
             made.differs(told, late=self.late)
             if lost := before.lost(gradients=True):
                 made.give_up(lost, seen=True)

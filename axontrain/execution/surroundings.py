@@ -81,7 +81,8 @@ class Surroundings:
                 of_part = what.startswith("the ")
                 yield what, "are others" if of_part else f"holds {len(where)} things, and held {size}"
         for (what, where), before in zip(self._keyed, self._orders, strict=True):
-            if [*where] != before:
+            keys = [*where]
+            if len(keys) != len(before) or not all(map(_same, keys, before)):  # of tensors == has no one answer
                 yield what, "are in another order" if what.startswith("the ") else "has another order"
         for (name, one), (_, before) in zip(self.contents.sets, self._sets, strict=True):
             if one != before:
@@ -93,8 +94,7 @@ class Surroundings:
             if why := _difference(variable.get(MISSING), before):
                 yield name, why
         for key in sorted({*self._environment, *os.environ}):
-            now, before = os.environ.get(key, MISSING), self._environment.get(key, MISSING)
-            if now != before:
+            if os.environ.get(key) != self._environment.get(key):
                 yield f"the environment's {key}", "is another text"
 
     def put_back(self) -> None:

@@ -18,7 +18,6 @@ import types
 import warnings
 import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from contextvars import ContextVar
 from unittest import mock
 
 import numpy as np
@@ -441,7 +440,7 @@ def test_a_distribution(in_place):
 
 NUMBERS, LOSSES, CONFIG, SCALE = [0], [], types.SimpleNamespace(scale=1.0), 1.0
 CENTER, LOOPS, RNG, DRAWS = torch.zeros(3), [], [None], torch.Generator()
-SEEN: ContextVar[int] = ContextVar("SEEN", default=0)  # in which nobody looks
+F.seen_by_a_test = 0  # in a library, where nobody looks
 SETTINGS = types.ModuleType("settings_of_a_test")
 SETTINGS.__file__, SETTINGS.scale, SETTINGS.calls = "/home/somebody/settings.py", 1.0, 0
 sys.modules["settings_of_a_test"] = SETTINGS
@@ -752,7 +751,7 @@ class Quiet(Net):
         self.numbers = lambda: None
 
     def predict(self, x):
-        SEEN.set(SEEN.get() + 1)
+        F.seen_by_a_test += 1
         return super().predict(x)
 
     def plot(self):

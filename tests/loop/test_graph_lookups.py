@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,15 @@ def test_what_cannot_be_put_back_keeps_nothing_else_from_it(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         both(Counts, "what a step changes in Python cannot be put back: AttributeError: can't set this")
+
+
+STEPS = ContextVar("STEPS", default=0)
+
+
+def test_variables_of_contexts_are_looked_at():
+    class Counted(Net):
+        def loss(self, logits, labels):
+            STEPS.set(STEPS.get() + 1)
+            return super().loss(logits, labels) / (1 + 0.1 * STEPS.get())
+
+    both(Counted, "STEPS of the global variables was", begin=lambda: STEPS.set(0))

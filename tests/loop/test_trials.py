@@ -528,3 +528,89 @@ def test_a_parameter_of_lower_precision_is_compared_in_its_own():
         loop = made(Mixed, optimizer)
         loop.fit(table(), epochs=1, batch_size=16)
         assert loop.report().how == "one graph"
+
+
+class AsksWhetherItIsCompiled(Net):
+    def loss(self, logits, labels):
+        if not torch.compiler.is_compiling():
+            SEEN.append(1)
+        return super().loss(logits, labels)
+
+
+def test_what_is_to_be_done_in_eager_alone_ends_no_compiling():
+    loop = made(AsksWhetherItIsCompiled)
+    loop.fit(table(), epochs=1, batch_size=16)
+    assert loop.report().how == "one graph"
+
+
+class Adds(Net):
+    def predict(self, inputs):
+        return torch.sparse.mm(inputs, self.net.weight.T)
+
+
+@pytest.mark.slow
+def test_a_sparse_batch_is_compiled_in_parts():
+    loop = made(Adds)
+    for _ in range(5):
+        loop.train_on_batch((torch.eye(8).to_sparse(), torch.arange(8) % 2))
+    assert loop.report().how == "in parts"
+
+
+ROLL = {}
+
+
+class ByTensors(Net):
+    def loss(self, logits, labels):
+        ROLL[logits.detach()] = 1
+        if len(ROLL) > 3:
+            ROLL.pop(next(iter(ROLL)))
+        return super().loss(logits, labels)
+
+
+def test_keys_that_are_tensors_are_told_apart_by_what_they_are():
+    loop = made(ByTensors, compile=False)
+    loop.fit(table(), epochs=1, batch_size=16)
+    keys = [*ROLL]
+    assert loop.check(table(), batch_size=16).ok
+    assert all(one is other for one, other in zip(ROLL, keys, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_of_backward_are_called_as_often_as_in_eager():
+    counts = []
+    for compile in (False, True):
+        SEEN.clear()
+        loop = made(Net, compile=compile)
+        loop.objective.net.register_full_backward_hook(lambda module, into, out: SEEN.append(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ax.AxonWarning)
+            loop.fit(table(), epochs=1, batch_size=16)
+        counts.append(len(SEEN))
+    assert counts == [10, 10]
+
+
+@pytest.mark.slow
+def test_a_number_that_a_callback_changes_is_told_once_and_parts_take_it():
+    class Scaled(Net):
+        beta = 0.0
+
+        def loss(self, logits, labels):
+            return super().loss(logits, labels) * (1 + self.beta)
+
+    class Sets(ax.Callback):
+        def before_batch(self, state):
+            state.objective.beta = 0.01 * state.step
+
+    told, ends = [], []
+    for compile in (False, True):
+        loop = made(Scaled, compile=compile, callbacks=[Sets()])
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            loop.fit(table(), epochs=2, batch_size=16)
+        told.append([str(one.message) for one in given])
+        ends.append(loop)
+    alike(*ends)
+    assert told[0] == []
+    assert len(told[1]) == 1
+    assert "objective.beta" in told[1][0]
