@@ -211,8 +211,9 @@ def _compiled(part: Mapping[str, Any], place: str) -> None:
         _count(part.get(key, 0), f"{place}/{key}")
     if part.get("last", -1) != -1:
         _count(part["last"], f"{place}/last")
-    if not isinstance(part.get("variable", False), bool):
-        raise _wrong(part["variable"], f"{place}/variable", "true or false")
+    for key in ("variable", "parted"):
+        if not isinstance(part.get(key, False), bool):
+            raise _wrong(part[key], f"{place}/{key}", "true or false")
     for key, known in (("varying", ("weight_decay", "momentum", "betas")), ("made", ("static", "dynamic"))):
         _listed(part.get(key, []), f"{place}/{key}")
         if len(part.get(key, [])) > MOST_GRAPHS or not {*part.get(key, [])} <= {*known}:

@@ -53,7 +53,8 @@ class Compilation:
         self.constants: list[dict[str, list[float]]] = []  # of each group, those that may change, as they are in the graphs
         self.lost: list[str] = []  # the graphs of the run that are not there because it was resumed: "static" or "dynamic"
         self.told_later = ""  # a warning
-        self.settles = False  # whether a run that was resumed has yet to compile its parts
+        self.parted = False  # whether parts were compiled
+        self.settles = False  # whether a run that was resumed has yet to compile them anew
         self.eager = ""  # why steps are done in eager for good
         self.fixed = ""  # why sizes cannot be taken for variable
         self.divided = ""  # why they are compiled in parts only
@@ -62,7 +63,7 @@ class Compilation:
     def state_dict(self) -> dict[str, Any]:
         """What decides how the next step is done; what another try would show again, as no compiler, is no part of it."""
         made = [*self.lost, *("dynamic" if graph.dynamic else "static" for graph in self.graphs)]
-        of_options = {"varying": sorted(self.varying), "constants": self.constants, "made": sorted(made)}
+        of_options = {"varying": sorted(self.varying), "constants": self.constants, "made": sorted(made), "parted": self.parted}
         return {name: getattr(self, name) for name in COUNTS} | self.seen | of_options
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -74,7 +75,10 @@ class Compilation:
             self.clear()
         self.varying, self.constants = varying, constants
         made = state.get("made", ["static"])  # what a run of before did not say
-        self.lost, self.settles = [*made] if not self.graphs else [], self.parts is None
+        self.lost = [*made] if not self.graphs else []
+        self.parted = state.get("parted", False)
+        # Where the last step was one that parts were compiled for, the next may well be, too.
+        self.settles = self.parted and not self.anew and self.parts is None
         self.seen = {name: state[name] for name in self.seen}
         if why := self.seen["eager"]:
             self.eager, self.report.how, self.report.reason = why, "eager", why
@@ -126,13 +130,13 @@ class Compilation:
         new = {name for now, before in pairs for name, value in before.items() if value != now.get(name, value)} - self.varying
         if new:
             self.varying = self.varying | new
-            self.lost.clear()  # of them too none would be there any more
             self.clear()
         return bool(new)
 
     def clear(self) -> None:
-        """Let go of the graphs."""
+        """Let go of the graphs, also of those that a run that was resumed has yet to make anew."""
         self.graphs.clear()
+        self.lost.clear()
         self.current = None
 
     def counts(self, new: int, *, first: bool) -> None:
@@ -145,7 +149,7 @@ class Compilation:
             self.anew, self.changed = 0, (UNKNOWN, "")
             return
         self.anew += not self.settles
-        self.settles = False
+        self.parted, self.settles = True, False
         why, line = changed_for(new)
         # A last batch of another size is not what changes each time: of several reasons, one that is of something else, and of
         # those one with a line of the user's.

@@ -443,6 +443,44 @@ def test_counters_in_the_module_are_no_graph_a_step():
     assert loop.objective.calls == 30
 
 
+class KeepsCount(Counts):
+    """With layers of which compiled steps give other bits than eager ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 2))
+
+    def get_extra_state(self):
+        return self.calls
+
+    def set_extra_state(self, state):
+        self.calls = state
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_alike_while_it_finds_out_that_a_counter_changes(tmp_path):
+    def run():
+        return made(KeepsCount, ax.Optimizer("adamw", lr=0.01))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ax.AxonWarning)
+        whole = run()
+        whole.fit(table(), epochs=1, batch_size=16)
+        assert whole.report().how == "eager"
+        for kill in (2, 3, 4, 5, 7):
+            first, second = run(), run()
+
+            @first.on("after_batch")
+            def leave(state, kill=kill):
+                return ax.Stop("enough") if state.step == kill else None
+
+            first.fit(table(), epochs=1, batch_size=16)
+            second.restore(first.save(tmp_path / str(kill)))
+            second.fit(table(), epochs=1, batch_size=16, resume=True)
+            for a, b in zip(whole.objective.parameters(), second.objective.parameters(), strict=True):
+                assert torch.equal(a, b), kill
+
+
 @pytest.mark.slow
 def test_a_counter_is_named_though_a_batch_is_of_another_size_then():
     loop = made(Counts)
