@@ -319,7 +319,8 @@ VARIED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "betas" else pytest.mark.slow) for name in VARIED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIED)
 def test_options_that_change_are_one_more_graph_and_no_more(name):
     optimizer, callbacks, what = VARIED[name]
     eager, compiled = both(Net, optimizer, callbacks=callbacks)
@@ -1070,8 +1071,13 @@ class Embeds(Net):
         return F.cross_entropy(logits, labels)
 
 
-@pytest.mark.parametrize("what", ["token", "label"])
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("whole", "what"),
+    [
+        (True, "token"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(True, "label"), (False, "token"), (False, "label")]),
+    ],
+)
 def test_a_compiled_step_that_fails_gives_eagers_error(whole, what):
     x = torch.arange(64) % 8
     y = x % 4

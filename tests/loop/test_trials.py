@@ -403,6 +403,7 @@ def test_what_cannot_be_put_back_is_told_and_ends_comparisons(monkeypatch):
     assert loop.report().how == "eager"
 
 
+@pytest.mark.slow
 def test_there_is_one_copy_at_a_time(monkeypatch):
     alive, most = weakref.WeakSet(), []
     genuine = twin.copied
@@ -455,6 +456,7 @@ def test_a_step_that_is_another_each_time_is_not_compiled():
     assert REMEMBERS.box()["steps"] == 10 + 2  # of two trials, as is told
 
 
+@pytest.mark.slow
 def test_a_compiled_step_that_leaves_out_what_eager_changes_is_another():
     for compile in (False, True):
         remembered()["steps"] = 0
@@ -467,7 +469,8 @@ def test_a_compiled_step_that_leaves_out_what_eager_changes_is_another():
     assert "which eager changes" in loop.report().reason
 
 
-@pytest.mark.parametrize("breaks", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [False, True])
 def test_a_batch_that_a_step_writes_to_is_written_to_once(breaks):
     class Halves(Net):
         def predict(self, inputs):
@@ -537,6 +540,7 @@ class AsksWhetherItIsCompiled(Net):
         return super().loss(logits, labels)
 
 
+@pytest.mark.slow
 def test_what_is_to_be_done_in_eager_alone_ends_no_compiling():
     loop = made(AsksWhetherItIsCompiled)
     loop.fit(table(), epochs=1, batch_size=16)
