@@ -216,6 +216,7 @@ def test_a_group_that_is_taken_away():
     assert loops[1].report().rerecorded == ["the optimizer has more groups than it had, or fewer"]
 
 
+@pytest.mark.slow
 def test_a_notebooks_cells_are_the_users(tmp_path):
     """What is typed in has no file: its names are looked up all the same."""
     script = f"""

@@ -266,6 +266,7 @@ print(ax.audit(loop, data.gather(torch.arange(8)), steps=1).steps)
 """
 
 
+@pytest.mark.slow
 def test_memory_that_cannot_be_written_to_is_only_read(tmp_path):
     (tmp_path / "reads.py").write_text(READ_ONLY)
     done = subprocess.run([sys.executable, "reads.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
