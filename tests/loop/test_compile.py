@@ -1125,3 +1125,14 @@ def test_graphs_that_a_resumed_run_makes_anew_are_not_counted_as_others():
         assert run.state_dict() == saved
     assert not run.in_vain(60, "static")  # one that there was not
     assert run.misses == saved["misses"] + 1
+
+
+def test_a_batchs_size_is_not_what_changes_each_time_where_something_else_does(monkeypatch):
+    reasons = iter([("G['n'] == 0", ""), ("G['n'] == 1", ""), ("tensor 'batch[0]' size mismatch", ""), ("UNUSED", "")])
+    monkeypatch.setattr("axontrain.execution.compilation.changed_for", lambda graphs: next(reasons))
+    made_of = Compilation(Precision("fp32", torch.device("cpu")))
+    made_of.anew = 1
+    for _ in range(2):
+        made_of.counts(1, first=False)
+    with pytest.warns(ax.AxonWarning, match=r"changes: G\['n'\] == 1 \("):
+        made_of.counts(1, first=False)

@@ -619,3 +619,28 @@ def test_a_number_that_a_callback_changes_is_told_once_and_parts_take_it():
     assert told[0] == []
     assert len(told[1]) == 1
     assert "objective.beta" in told[1][0]
+
+
+class InEagerMore(Net):
+    """With a difference that sends the comparison to torch.func's random numbers, and what is drawn."""
+
+    def split(self, batch):
+        return batch[0], batch[1]
+
+    def predict(self, inputs):
+        return self.net(nn.functional.dropout(inputs, 0.2))
+
+    def loss(self, logits, labels):
+        remembered()["steps"] += 1
+        return super().loss(logits, labels)
+
+
+@pytest.mark.slow
+def test_a_batch_with_a_view_that_has_other_bits_kills_no_training():
+    loop = made(InEagerMore)
+    odd = torch.randn(8, dtype=torch.complex64).conj().imag
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ax.AxonWarning)
+        for _ in range(3):
+            loop.train_on_batch((torch.randn(8, 8), torch.arange(8) % 2, odd))
+    assert loop.state.step == 3
