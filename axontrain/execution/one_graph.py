@@ -150,14 +150,14 @@ class OneGraph:
                     return self._keeping(batch)
             return self.run(batch)
         found = of_step(step, objective, before.named, update)
-        told = unmoved(expected, before) + differences(found, expected, nudged, norms, made.precision)
+        left = unmoved(expected, before)
+        told = left + differences(found, expected, nudged, norms, made.precision)
         # torch.func lays out the random numbers of what is not contiguous otherwise than autograd does.
         if told and expected.draws:
-            told = self._unlike_functional(found, before, norms, batch, unmoved(expected, before))
+            told = left + self._unlike_functional(found, before, norms, batch)
         if told:
-            made.differs(told)
-            if lost := before.lost():
-                made.give_up(lost, seen=True)
+            lost = before.lost()
+            made.differs([lost, *told] if lost else told)
             return self.run(batch)
         graph.left -= not bool(step.skipped)  # where nothing was finite, nothing was compared
         if not graph.left and not graph.dynamic:
@@ -170,20 +170,18 @@ class OneGraph:
         update.done(step.loss, step.values, step.skipped)  # type: ignore[arg-type]
         return step
 
-    def _unlike_functional(
-        self, found: Outcome, before: Before, norms: dict[str, float], batch: Any, left: list[str]
-    ) -> list[str]:
+    def _unlike_functional(self, found: Outcome, before: Before, norms: dict[str, float], batch: Any) -> list[str]:
         """What differs from the step as torch.func does it in eager; all is again as the compiled step has left it."""
         now = Before(self.run.objective)
         now.take_state(self.update.optimizers)
         now.take_batch(batch)
         try:
             before.put_back()
-            return left + differences(found, *self._twins(batch, functional=True), norms, self.made.precision)
+            told = differences(found, *self._twins(batch, functional=True), norms, self.made.precision)
         except Exception as error:
-            return [untried_for(error)]
-        finally:
-            now.put_back()
+            told = [untried_for(error)]
+        lost = now.lost()
+        return [lost, *told] if lost else told
 
     def _twins(self, batch: Any, *, functional: bool = False) -> tuple[Outcome, Outcome]:
         """The step in eager, and the same with weights that are off by a rounding error."""

@@ -119,9 +119,8 @@ class Parts:
             made.give_up(why, line, seen=bool(lost))
             return self.plain(batch)  # type: ignore[no-any-return]
         if told := left_out + differences(found, expected, nudged, {}, made.precision):
-            made.differs(told, late=self.late)
-            if lost := before.lost(gradients=True):
-                made.give_up(lost, seen=True)
+            lost = before.lost(gradients=True)
+            made.differs([lost, *told] if lost else told, late=self.late)
             return self.plain(batch)  # type: ignore[no-any-return]
         self.left, self.late = self.left - 1, False
         self.shapes.add(shapes(batch))
